@@ -1,0 +1,382 @@
+"""The configuration: one tree of pydantic models, read once, validated once, passed down as it is.
+
+Every key of a YAML file is a field here and nothing else is accepted. The tree is immutable and imports no torch, so
+that a login node without it can check and launch a job. Reading files, includes and overrides, and turning what is
+wrong into messages, is `configfile.py`; this file says what a run can be.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """Where a run lives: everything that it decides or produces goes into `folder`/`name`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run and of its folder."""
+    folder: str = "runs"
+    """Folder that holds the run folders."""
+
+
+class Init(Section):
+    """What the weights start from."""
+
+    checkpoint: str | None = None
+    """Start from the weights of this run or checkpoint folder, with a fresh optimizer (fine-tuning)."""
+    weights: Literal["model", "ema"] = "model"
+    """Which weights of that checkpoint: as trained, or their moving average."""
+
+
+class Model(Section):
+    """The shape of the transformer. Llama, GPT-2 and BERT are presets of these fields (configs/models/)."""
+
+    vocab_size: Positive | None = None
+    """Rows of the embedding; left out, the tokenizer's size rounded up to a multiple of 64 (tensor-core tiles)."""
+    layers: Positive
+    width: Positive
+    """Width of the residual stream."""
+    heads: Positive
+    """Query heads."""
+    kv_heads: Positive | None = None
+    """Key and value heads (grouped-query attention); left out, as many as query heads."""
+    head_dim: Positive | None = None
+    """Width of one head; left out, width / heads."""
+    mlp_width: Positive
+    """Inner width of the MLP block."""
+    max_positions: Positive
+    """Longest sequence that the model is made for."""
+    causal: bool = True
+    """True for a decoder; False for an encoder whose positions see both sides."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    norm_position: Literal["pre", "post"] = "pre"
+    """Normalise the input of each block (pre: GPT-2, Llama) or the sum after it (post: BERT)."""
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary frequencies."""
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu2"] = "swiglu"
+    """swiglu and geglu are gated (two input projections); the others have one."""
+    attention_bias: bool = False
+    """Bias on the query, key, value and output projections."""
+    mlp_bias: bool = False
+    tied_embeddings: bool = False
+    """The output head shares the embedding's weight."""
+    embedding_norm: bool = False
+    """Normalise the sum of the embeddings (BERT)."""
+    token_types: Count = 0
+    """Number of token-type embeddings (BERT: 2)."""
+    head: Literal["linear", "transform"] = "linear"
+    """transform: dense, GELU, norm and a vocabulary bias before the scores (BERT)."""
+    dropout: Fraction = 0.0
+    """Dropout on the embeddings, on attention's output and on the MLP's output."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights; residual outputs use init_std / sqrt(2 * layers)."""
+    activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=2)] = "none"
+    """Recompute no block in the backward pass, every block, or every n-th block (n = 2, 3, ...)."""
+
+    @property
+    def kv_heads_(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head_dim_(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @model_validator(mode="after")
+    def _shape(self):
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; change one, or set head_dim")
+        if self.heads % self.kv_heads_:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.positions == "rope" and self.head_dim_ % 2:
+            raise ValueError(f"rotary positions need an even head_dim, found {self.head_dim_}")
+        return self
+
+
+class Data(Section):
+    """Text, how it becomes tokens, and how tokens become sequences."""
+
+    source: Literal["stdlib", "text", "jsonl"] = "stdlib"
+    """stdlib: the source files of Python's own standard library; text: files or folders; jsonl: one object a line."""
+    path: str | list[str] | None = None
+    """Files or folders to read (text, jsonl)."""
+    field: str = "text"
+    """Field that holds the text (jsonl)."""
+    tokenizer: str = "bpe"
+    """bytes; bpe (byte-level, trained on this data); or the folder of a Hugging Face tokenizer."""
+    bpe_vocab_size: Annotated[int, Field(ge=257)] = 4096
+    """Size of the trained vocabulary, 256 bytes and the end-of-document token included."""
+    folder: str = "data/stdlib"
+    """Where the prepared shards are, or will be."""
+    sequence_length: Positive
+    """Tokens per training sequence."""
+    document_mask: bool = True
+    """Attention does not cross from one document into the next."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of the documents held out, chosen by their hash."""
+    shard_tokens: Positive = 1 << 27
+    """Tokens per shard file."""
+
+    @model_validator(mode="after")
+    def _path(self):
+        if self.source == "stdlib" and self.path is not None:
+            raise ValueError("source stdlib takes no path; remove path or use source: text")
+        if self.source != "stdlib" and not self.path:
+            raise ValueError(f"source {self.source} needs path: a file, a folder or a list of them")
+        return self
+
+
+class EarlyStopping(Section):
+    patience: Positive
+    """Stop after this many evaluations in a row without improvement."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest fall of the validation loss that counts as an improvement."""
+
+
+class Train(Section):
+    """How long, in what batches. Give any two of global_batch, micro_batch and accumulation."""
+
+    task: Literal["causal", "masked"] = "causal"
+    """causal: predict the next token; masked: predict hidden tokens (BERT)."""
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens to predict (task masked)."""
+    steps: Positive
+    """Optimizer steps."""
+    global_batch: Positive | None = None
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: Positive | None = None
+    """Sequences per rank and forward pass."""
+    accumulation: Positive | None = None
+    """Forward passes per rank and optimizer step."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest L2 norm of the gradient; null: no clipping."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, kept in float32 and sharded as the optimizer is."""
+    early_stopping: EarlyStopping | None = None
+    seed: Count = 0
+    log_every: Positive = 1
+    """Steps between rows of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _two_of_three(self):
+        if sum(v is not None for v in (self.global_batch, self.micro_batch, self.accumulation)) < 2:
+            raise ValueError("give two of global_batch, micro_batch and accumulation; the third follows from the ranks")
+        return self
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "lion", "muon", "sgd", "rmsprop"] = "adamw"
+    """muon: Muon on the matrices of the blocks, AdamW on the rest."""
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled where the optimizer decouples it; applied to matrices, not to norms, biases and embeddings' vectors."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """Decay of the moments (adamw, lion, and muon's AdamW part)."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Fraction = 0.9
+    """sgd, rmsprop, muon."""
+    alpha: Fraction = 0.99
+    """Decay of the squared gradient (rmsprop)."""
+    adam_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of muon's AdamW part; left out: lr."""
+
+
+class Schedule(Section):
+    """Learning rate as a pure function of the step, as a share of optimizer.lr."""
+
+    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
+    warmup_steps: Count = 0
+    """Steps of linear rise from zero."""
+    decay_steps: Positive | None = None
+    """Steps of the final fall (wsd); left out: a fifth of train.steps."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the learning rate at the end (linear, cosine, wsd)."""
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO: 0 shards nothing, 1 the optimizer, 2 and the gradients, 3 and the weights."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory and step there."""
+    bucket_bytes: Positive = 1 << 28
+    """Size of a communication bucket, in bytes of gradients."""
+    overlap_comm: bool = True
+    """Reduce gradients while the backward pass still runs (GPU)."""
+
+
+class Kernels(Section):
+    backend: Literal["auto", "torch"] = "auto"
+    """Which implementation of attention, norm, rope, MLP and loss."""
+
+
+class Checkpoint(Section):
+    every: Positive | None = None
+    """Steps between checkpoints; the last step is always saved. Left out: only the last."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints to keep."""
+
+
+class Evaluate(Section):
+    every: Positive | None = None
+    """Steps between evaluations on the held-out split; the last step is always evaluated."""
+    sequences: Positive | None = 256
+    """Held-out sequences per evaluation; null: all."""
+
+
+class Generate(Section):
+    """Text that the model writes at every evaluation, kept in samples.jsonl and in the report."""
+
+    prompts: list[str] = []
+    tokens: Positive = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """0: always the likeliest token."""
+    top_k: Count = 0
+    """Keep the k likeliest tokens; 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep the likeliest tokens whose probabilities sum to p."""
+    seed: Count = 0
+
+
+class Tracking(Section):
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "bigtrain"
+
+
+class Launch(Section):
+    ranks_per_node: Positive | None = None
+    """Processes on this machine; left out: one per GPU, or one without a GPU."""
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Port on which the ranks meet; left out: a free one."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that a collective may take before the run is ended."""
+
+
+class Config(Section):
+    run: Run = Run()
+    init: Init = Init()
+    model: Model
+    data: Data
+    train: Train
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it fast, else fp32."""
+    zero: Zero = Zero()
+    kernels: Kernels = Kernels()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    generate: Generate = Generate()
+    tracking: Tracking = Tracking()
+    launch: Launch = Launch()
+
+
+class Batch(Section):
+    """The batch arithmetic for a number of ranks: `global_batch` sequences per step in `accumulation` passes of
+    `micro_batch` sequences on each rank. Where it does not divide, the places left over hold sequences of weight zero."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    ranks: int
+
+
+def batch_arithmetic(train: Train, ranks: int) -> Batch:
+    """Work out the third of global_batch, micro_batch and accumulation.
+
+    Raises ValueError when all three are given and contradict each other, or a rank would never see a sequence.
+    """
+    g, m, a = train.global_batch, train.micro_batch, train.accumulation
+    if g is None:
+        g = m * a * ranks
+    elif m is None:
+        m = math.ceil(g / (a * ranks))
+    elif a is None:
+        a = math.ceil(g / (m * ranks))
+    if math.ceil(g / (m * ranks)) != a:
+        raise ValueError(
+            f"global_batch {g} is not micro_batch {m} x accumulation {a} x {ranks} ranks = {m * a * ranks}; remove one of the three"
+        )
+    return Batch(global_batch=g, micro_batch=m, accumulation=a, ranks=ranks)
+
+
+# What each optimizer can do at each ZeRO stage, and with its state offloaded to the host (docs/optimizers.md; tried by
+# tests/distributed/test_optimizers.py).
+OPTIMIZER_STAGES: dict[str, set[int]] = {
+    "adamw": {0, 1, 2, 3},
+    "lion": {0, 1, 2, 3},
+    "muon": {1, 2, 3},
+    "sgd": {0, 1, 2, 3},
+    "rmsprop": {0, 1, 2, 3},
+}
+OPTIMIZER_OFFLOAD: set[str] = {"adamw", "lion"}
+
+
+def problems(config: Config) -> list[tuple[str, str]]:
+    """Rules that need more than one section: (key, what is wrong and what to do), empty when all is well."""
+    found: list[tuple[str, str]] = []
+
+    def problem(key: str, text: str) -> None:
+        found.append((key, text))
+
+    model, data, train, zero, optimizer = config.model, config.data, config.train, config.zero, config.optimizer
+    if data.sequence_length > model.max_positions:
+        problem("data.sequence_length", f"{data.sequence_length} is longer than model.max_positions {model.max_positions}; lower it or raise that")
+    if train.task == "causal" and not model.causal:
+        problem("train.task", "causal needs model.causal: true; use task: masked for an encoder")
+    if train.task == "masked" and model.causal:
+        problem("train.task", "masked needs model.causal: false; use task: causal for a decoder")
+    if zero.stage not in OPTIMIZER_STAGES[optimizer.name]:
+        allowed = sorted(OPTIMIZER_STAGES[optimizer.name])
+        problem("zero.stage", f"{zero.stage} does not work with optimizer {optimizer.name}; stages that do: {', '.join(map(str, allowed))}")
+    if zero.offload_optimizer and zero.stage == 0:
+        problem("zero.offload_optimizer", "needs zero.stage 1, 2 or 3: stage 0 shards nothing that could be offloaded")
+    if zero.offload_optimizer and optimizer.name not in OPTIMIZER_OFFLOAD:
+        problem("zero.offload_optimizer", f"does not work with optimizer {optimizer.name}; use {' or '.join(sorted(OPTIMIZER_OFFLOAD))}")
+    if config.schedule.warmup_steps >= train.steps:
+        problem("schedule.warmup_steps", f"{config.schedule.warmup_steps} leaves nothing of train.steps {train.steps}")
+    if config.schedule.name == "wsd" and config.schedule.warmup_steps + wsd_decay_steps(config) > train.steps:
+        problem("schedule.decay_steps", f"warmup_steps {config.schedule.warmup_steps} + decay_steps {wsd_decay_steps(config)} exceed train.steps {train.steps}")
+    if train.early_stopping and config.evaluate.every is None:
+        problem("train.early_stopping", "needs evaluate.every: it looks at the validation loss")
+    if config.launch.ranks_per_node:
+        try:
+            batch_arithmetic(train, config.launch.ranks_per_node)
+        except ValueError as error:
+            problem("train.global_batch", str(error))
+    return found
+
+
+def wsd_decay_steps(config: Config) -> int:
+    """Steps of the final fall of the warmup-stable-decay schedule."""
+    return config.schedule.decay_steps or max(1, config.train.steps // 5)
+
+
+# A resumed run may differ in these sections: they change where it runs and what is shown, not the numbers.
+MAY_DIFFER_ON_RESUME = ("run", "launch", "tracking", "generate", "evaluate", "checkpoint")
+
+
+def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Keys in which two configs differ, as lines `key: old -> new`."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, sub in value.items() for k, v in flat(sub, f"{prefix}{key}.").items()}
+        return {prefix.rstrip("."): value}
+
+    a, b = flat(old.model_dump()), flat(new.model_dump())
+    keys = [k for k in {**a, **b} if k.split(".")[0] not in ignore]
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in keys if a.get(k) != b.get(k)]

@@ -1,0 +1,28 @@
+"""The two kinds of failure that a person reads, and the exit codes that a scheduler reads."""
+
+DONE = 0
+FAILURE = 1
+USER_MISTAKE = 2
+STOPPED = 75  # stopped on request: start the same command again and the run goes on
+
+
+class BigtrainError(Exception):
+    """Shown as one message without a traceback; `code` becomes the exit code of the process."""
+
+    code = FAILURE
+
+
+class UserError(BigtrainError):
+    """Something that the user can mend: the message names the file, key or row, what was expected and what to do."""
+
+    code = USER_MISTAKE
+
+
+class RunError(BigtrainError):
+    """The run cannot go on (a full disk, a non-finite loss, a lost rank); the message says what is safe on disk."""
+
+
+class StopRequested(BigtrainError):
+    """A signal asked the run to stop; the checkpoint is written and the same command resumes it."""
+
+    code = STOPPED
