@@ -1,0 +1,121 @@
+"""Version 1 of the checkpoint: safetensors of flat fragments and JSON; no pickle, no trace of the topology.
+
+    checkpoints/step-00000100/
+        rank-00000.safetensors ...   float32 fragments; the key of one is its number in the index
+        index.json                   version, shape of every parameter, and the fragments:
+                                     [parameter, kind, offset, length, file, key]
+        state.json                   step, position in the data, optimizer scalars, what the run was (model, data, versions)
+        config.yaml  tokenizer/      what made it, and what turns its tokens into text
+        manifest.json                size and xxh3-128 checksum of every other file; written last
+
+A fragment is `length` elements of the flattened parameter from `offset`. Kinds: "model" (float32 weights), "ema" (their
+moving average), and the optimizer's own states under their own names. Together the fragments of a kind cover every
+parameter, whatever ZeRO stage and number of ranks wrote them, and are cut to size by whatever reads them.
+
+A folder named step-* is complete: it is written under another name and renamed once, when everything is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from bigtrain.errors import RunError, UserError
+
+VERSION = 1
+PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    parameter: str
+    kind: str
+    offset: int
+    length: int
+    file: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where every element of every parameter's every state is."""
+
+    shapes: dict[str, list[int]]
+    fragments: list[Fragment]
+
+    @property
+    def kinds(self) -> set[str]:
+        return {f.kind for f in self.fragments}
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [[f.parameter, f.kind, f.offset, f.length, f.file, f.key] for f in self.fragments]
+        return {"version": VERSION, "shapes": self.shapes, "fragments": rows}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a run's checkpoints folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if p.is_dir() and p.name.startswith(PREFIX) and p.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[len(PREFIX) :])
+
+
+def read_json(path: Path) -> Any:
+    """Contents of a JSON file of a checkpoint. Raises RunError that names the file when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); the checkpoint is damaged, use another one") from None
+
+
+def read_index(checkpoint: Path) -> Index:
+    raw = read_json(checkpoint / "index.json")
+    if raw.get("version") != VERSION:
+        raise UserError(f"{checkpoint}: format version {raw.get('version')}, this bigtrain reads version {VERSION}")
+    return Index(raw["shapes"], [Fragment(*row) for row in raw["fragments"]])
+
+
+def checksum(path: Path) -> str:
+    """xxh3-128 of a file, in hexadecimal. It finds damage, not malice."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """Size and checksum of every file below `folder`."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    return {"version": VERSION, "files": {str(p.relative_to(folder)): [p.stat().st_size, checksum(p)] for p in files}}
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare every file with the manifest. Raises RunError naming the first file that is missing, cut or changed."""
+    listed = read_json(checkpoint / "manifest.json")["files"]
+    for name, (size, expected) in listed.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise RunError(f"{path}: missing")
+        if path.stat().st_size != size:
+            raise RunError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
+        if checksum(path) != expected:
+            raise RunError(f"{path}: checksum differs from the manifest; the file was changed after it was written")
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

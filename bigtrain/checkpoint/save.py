@@ -1,0 +1,126 @@
+"""Writing a checkpoint: every rank its own fragments, rank 0 the rest, and one rename that makes it exist."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from bigtrain.checkpoint import format
+from bigtrain.checkpoint.format import Fragment, Index
+from bigtrain.checkpoint.state import Partition
+from bigtrain.errors import RunError
+from bigtrain.world import World
+
+
+def save(
+    folder: Path,
+    step: int,
+    shapes: dict[str, list[int]],
+    partitions: list[Partition],
+    state: dict[str, Any],
+    files: dict[str, str | Path],
+    world: World,
+) -> Path:
+    """Write checkpoint `step` into `folder` and return its path. Every rank calls it; nothing is gathered.
+
+    `state` is what goes into state.json. `files` are added as they are: name -> text, or a folder to copy.
+    Raises RunError on every rank when any rank could not write; what was there before stays.
+    """
+    final = folder / f"{format.PREFIX}{step:08d}"
+    temporary = folder / f".{final.name}.writing"
+    problem = _attempt(world.first, lambda: _fresh(folder, temporary))
+    _agree(world, problem, temporary, final)
+
+    fragments, problem = [], None
+    try:
+        fragments = _write_rank(temporary, partitions, world)
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
+        problem = str(error)
+    _agree(world, problem, temporary, final)
+
+    gathered = world.gather([[f.parameter, f.kind, f.offset, f.length, f.file, f.key] for f in fragments])
+
+    def commit() -> None:
+        index = Index(shapes, [Fragment(*row) for rows in gathered for row in rows])
+        _write(temporary / "index.json", json.dumps(index.to_json()))
+        _write(temporary / "state.json", json.dumps(state, indent=1))
+        for name, content in files.items():
+            if isinstance(content, Path):
+                shutil.copytree(content, temporary / name)
+            else:
+                _write(temporary / name, content)
+        _write(temporary / "manifest.json", json.dumps(format.manifest(temporary), indent=1))
+        for path in [*temporary.rglob("*"), temporary]:
+            format.sync(path)
+        if final.exists():  # the same step again, after a resume went back behind it
+            shutil.rmtree(final)
+        temporary.rename(final)
+        format.sync(folder)
+
+    _agree(world, _attempt(world.first, commit), temporary, final)
+    return final
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Remove all but the newest `count` checkpoints: renamed first, so that a crash leaves none half deleted."""
+    for old in format.checkpoints(folder)[:-count]:
+        doomed = old.with_name(f".{old.name}.removing")
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _fresh(folder: Path, temporary: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.writing"):  # of a save that a crash cut short
+        shutil.rmtree(left)
+    for left in folder.glob(".*.removing"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir()
+
+
+def _write_rank(folder: Path, partitions: list[Partition], world: World) -> list[Fragment]:
+    name = f"rank-{world.rank:05d}.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    fragments = []
+    for number, partition in enumerate(partitions):
+        if partition.replicated and number % world.size != world.rank:
+            continue
+        for kind, (tensor, pieces) in partition.tensors().items():
+            for piece in pieces:
+                key = str(len(fragments))
+                fragments.append(Fragment(piece.name, kind, piece.offset, piece.length, name, key))
+                # A copy of its own: safetensors refuses views that share storage.
+                tensors[key] = tensor[piece.start : piece.start + piece.length].to("cpu", torch.float32, copy=True)
+    save_file(tensors, folder / name)
+    return fragments
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _attempt(mine: bool, action) -> str | None:
+    """Run `action` where `mine`; the error as text, so that it can be agreed on instead of leaving peers waiting."""
+    if mine:
+        try:
+            action()
+        except (OSError, RuntimeError) as error:
+            return str(error)
+    return None
+
+
+def _agree(world: World, problem: str | None, temporary: Path, final: Path) -> None:
+    problems = [(rank, text) for rank, text in enumerate(world.gather(problem)) if text]
+    if not problems:
+        return
+    if world.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    rank, text = problems[0]
+    before = format.checkpoints(final.parent)
+    safe = f"the newest complete checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
+    raise RunError(f"{final}: not written, rank {rank} says: {text}; {safe}")

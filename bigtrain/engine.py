@@ -1,0 +1,134 @@
+"""The only file that imports deepspeed, its checkpoint adapter aside: sharding, precision and the optimizer in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigtrain.config import Batch, Config, Optimizer
+from bigtrain.deepspeed_config import derive
+from bigtrain.optim import parameter_groups
+from bigtrain.world import World
+
+import deepspeed  # isort: skip  (after torch's own start-up; slow, and noisy on import)
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+
+class Engine:
+    """A model under DeepSpeed: call it like the model, then `backward` and `step`.
+
+    `build` makes the bare model; `initialise(name, tensor)` fills one whole parameter in place. Under ZeRO-3 the model is
+    built sharded and filled one parameter at a time, so no rank ever holds it whole.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batch: Batch,
+        precision: str,
+        world: World,
+        build: Callable[[], nn.Module],
+        initialise: Callable[[str, torch.Tensor], None],
+    ):
+        self._config, self._precision = config, precision
+        self._world = world
+        settings = derive(config, batch, precision)
+        deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", verbose=False)
+        model = _build(config.zero.stage, settings, world.device, build, initialise)
+        groups = parameter_groups(model, config.optimizer)
+        optimizer = _optimizer(config.optimizer, groups, config.zero.offload_optimizer, world.device.type)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        self._base = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+        self._plain = self._base is self.deepspeed.optimizer
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself. Under ZeRO-3 its forward gathers weights: every rank must call it, or none."""
+        return self.deepspeed.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss` to those of this step.
+
+        The loss arrives divided by the token count of the whole global batch; DeepSpeed will average over ranks, so it
+        is multiplied by their number here, and DeepSpeed's division by the accumulation steps is off.
+        """
+        self.deepspeed.backward(loss * self._world.size, scale_wrt_gas=False)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # only counts the micro-batch
+
+    def step(self, learning_rate_share: float) -> tuple[float, bool]:
+        """Update the weights after the last micro-batch. Returns the gradient's L2 norm before clipping, and whether
+        the update was applied: a norm that is not finite is the same on all ranks and leaves the weights untouched.
+        """
+        for group in self._base.param_groups:
+            group["lr"] = group["lr_base"] * learning_rate_share
+        if self._plain:
+            parameters = [p for p in self.module.parameters() if p.grad is not None]
+            norm = float(nn.utils.clip_grad_norm_(parameters, self._config.train.clip or math.inf))
+            if not math.isfinite(norm):
+                self.module.zero_grad(set_to_none=True)
+                return norm, False
+        self.deepspeed.step()
+        if not self._plain:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        return norm, not getattr(self.deepspeed.optimizer, "overflow", False)
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """Dropout off and no gradients, for the duration of a `with` block."""
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield self.module
+        finally:
+            self.deepspeed.train()
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Current loss scale of fp16; None in the other precisions."""
+        return float(self.deepspeed.optimizer.cur_scale) if self._precision == "fp16" else None
+
+
+def _build(stage: int, settings: dict, device: torch.device, build: Callable, initialise: Callable) -> nn.Module:
+    if stage < 3:
+        model = build()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                initialise(name, parameter)
+        return model
+    with deepspeed.zero.Init(config_dict_or_path=settings, remote_device=None):
+        model = build()
+    for name, parameter in model.named_parameters():
+        # Every rank computes the same whole value; modifier_rank makes rank 0's the one that is scattered.
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            initialise(name, parameter)
+    return model
+
+
+def _optimizer(config: Optimizer, groups: list[dict[str, Any]], offload: bool, device: str) -> torch.optim.Optimizer:
+    """The optimizer that steps DeepSpeed's flat partitions. config.py's table says which stages each may be used at."""
+    betas = tuple(config.betas)
+    if config.name == "adamw":
+        if offload:
+            return DeepSpeedCPUAdam(groups, betas=betas, eps=config.eps, adamw_mode=True)
+        return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
+    if config.name == "lion":
+        # DeepSpeed's Lion for the host works on any tensor in host memory, and without a GPU all of them are.
+        return DeepSpeedCPULion(groups, betas=betas) if offload or device == "cpu" else FusedLion(groups, betas=betas)
+    if config.name == "muon":
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+        return MuonWithAuxAdam(groups)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum)
+    return torch.optim.RMSprop(groups, alpha=config.alpha, eps=config.eps, momentum=config.momentum)
