@@ -18,13 +18,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from .config import Config
-from .configschema import Key, is_section, short, validate
-from .errors import UserError
+from bigtrain.config import Config
+from bigtrain.configschema import Key, is_section, short, validate
+from bigtrain.errors import UserError
 
 COMMAND_LINE = "command line"
 
@@ -123,7 +123,7 @@ def shipped_folders() -> list[Path]:
 class _Loader(yaml.SafeLoader):
     """Plain values by the rules of YAML 1.2: 1e-4 is a number, `off` and `2024-01-01` are text. No aliases, no tags."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def compose_node(self, parent, index):
         event = self.peek_event()

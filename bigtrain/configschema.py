@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .config import Config, problems
+from bigtrain.config import Config, problems
 
 Key = tuple[str, ...]  # ("optimizer", "lr"), written optimizer.lr
 
@@ -168,7 +168,9 @@ def _replace(values: dict[str, Any], key: Key) -> set[str]:
 
 def _nearest(key: Key) -> Key | None:
     """The valid key that was probably meant: the same name elsewhere, a similar one here, a similar one anywhere."""
-    known = [(s, *rest) for s, node in _schema()["properties"].items() for rest in ((), *((n,) for n in _object(node).get("properties", {})))]
+    known: list[Key] = []
+    for section, node in _schema()["properties"].items():
+        known += [(section,), *((section, name) for name in _object(node).get("properties", {}))]
     same = [k for k in known if k[-1] == key[-1]]
     if len(same) == 1:
         return same[0]

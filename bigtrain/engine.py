@@ -132,3 +132,11 @@ def _optimizer(config: Optimizer, groups: list[dict[str, Any]], offload: bool, d
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum)
     return torch.optim.RMSprop(groups, alpha=config.alpha, eps=config.eps, momentum=config.momentum)
+
+
+def load_op(name: str) -> None:
+    """Load one of DeepSpeed's C++ ops by its name, compiling it if it is not there."""
+    from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, CPULionBuilder
+    from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+
+    {b.NAME: b for b in (ShareMemCommBuilder, CPUAdamBuilder, CPULionBuilder)}[name]().load()

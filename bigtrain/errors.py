@@ -26,3 +26,9 @@ class StopRequested(BigtrainError):
     """A signal asked the run to stop; the checkpoint is written and the same command resumes it."""
 
     code = STOPPED
+
+
+class AlreadyDone(BigtrainError):
+    """The run has reached its end before: nothing is left to do, and that is no failure."""
+
+    code = DONE

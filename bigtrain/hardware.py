@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from .config import Config, batch_arithmetic
+from bigtrain.config import Config, batch_arithmetic
 
 
 @dataclass(frozen=True)

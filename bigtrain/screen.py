@@ -140,8 +140,8 @@ class _Terminal:
         from rich.table import Column
 
         bar = Progress(
-            TextColumn("{task.completed:,}/{task.total:,}", markup=False),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
+            TextColumn("{task.completed:,}/{task.total:,}", markup=False, table_column=Column(no_wrap=True, min_width=2 * len(f"{total:,}") + 1)),
+            BarColumn(bar_width=None, complete_style="blue", finished_style="green", table_column=Column(ratio=1, min_width=8)),
             TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True)),
             console=self._console,
             auto_refresh=False,

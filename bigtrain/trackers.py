@@ -15,6 +15,7 @@ import json
 import math
 import os
 import queue
+import sys
 import threading
 import time
 from pathlib import Path
@@ -44,6 +45,7 @@ class Trackers:
         self._metrics = _JsonLines(run.metrics, warn)
         self._samples = _JsonLines(run.samples, warn)
         self._others: list[_Background] = []
+        self._wandb = tracking.wandb != "off"
         if tracking.tensorboard:
             self._others.append(_Background("TensorBoard", lambda first: _TensorBoard(run.tensorboard, first, resolved_config)))
         if tracking.wandb != "off":
@@ -63,7 +65,7 @@ class Trackers:
             self._pass_on("log_samples", rows)
 
     def close(self) -> None:
-        """Finish every tracker, waiting CLOSE_SECONDS at most for all of them."""
+        """Finish every tracker, waiting about CLOSE_SECONDS at most for all of them. Call it however the run ends."""
         deadline = time.monotonic() + CLOSE_SECONDS
         for other in self._others:
             other.finish()
@@ -71,6 +73,8 @@ class Trackers:
             other.join(deadline - time.monotonic())
         self._report_problems()
         self._others = []
+        if self._wandb:
+            _release_wandb(max(1.0, deadline - time.monotonic()))
         self._metrics.close()
         self._samples.close()
 
@@ -232,7 +236,6 @@ class _Wandb:
             save_code=False,
             disable_git=True,
             disable_job_creation=True,
-            x_disable_meta=True,
             x_disable_machine_info=True,
             x_save_requirements=False,
             init_timeout=INIT_SECONDS,
@@ -259,3 +262,12 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _release_wandb(seconds: float) -> None:
+    """Take back wandb's exit hook, which waits for its service process without a limit: with an unreachable server
+    that process now and then never ends, and the rank would hang on its way out."""
+    if "wandb" in sys.modules:
+        thread = threading.Thread(target=sys.modules["wandb"].teardown, daemon=True)
+        thread.start()
+        thread.join(seconds)

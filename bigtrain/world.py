@@ -1,14 +1,9 @@
-"""Which rank this process is, on which device, and how all ranks agree on small numbers.
-
-Ranks come from bigtrain's own launcher, torchrun, the deepspeed launcher (all three set RANK, WORLD_SIZE, LOCAL_RANK) or
-srun (SLURM_PROCID, ...).
-"""
+"""Which rank this process is, on which device, and how all ranks agree on small numbers."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -16,32 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bigtrain.errors import RunError, UserError
-
-
-def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """The rank variables that a launcher has set, under torchrun's names, or None when nothing launched this process.
-
-    A Slurm batch script sees SLURM_PROCID too; only a task that srun started has SLURM_STEP_ID as a number.
-    """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return {
-            "RANK": environment["RANK"],
-            "WORLD_SIZE": environment["WORLD_SIZE"],
-            "LOCAL_RANK": environment.get("LOCAL_RANK", "0"),
-            "MASTER_ADDR": environment.get("MASTER_ADDR", ""),
-            "MASTER_PORT": environment.get("MASTER_PORT", "29500"),
-        }
-    if environment.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environment:
-        job = environment.get("SLURM_JOB_ID", "0")
-        return {
-            "RANK": environment["SLURM_PROCID"],
-            "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
-            "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-            "MASTER_ADDR": environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR", ""),
-            # Below the ephemeral range, and the same on every node without asking anyone.
-            "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job) % 10000),
-        }
-    return None
+from bigtrain.ranks import launched
 
 
 class World:

@@ -6,7 +6,7 @@
                                      [parameter, kind, offset, length, file, key]
         state.json                   step, position in the data, optimizer scalars, what the run was (model, data, versions)
         config.yaml  tokenizer/      what made it, and what turns its tokens into text
-        manifest.json                size and xxh3-128 checksum of every other file; written last
+        manifest.json                size and SHA-256 of every other file; written last
 
 A fragment is `length` elements of the flattened parameter from `offset`. Kinds: "model" (float32 weights), "ema" (their
 moving average), and the optimizer's own states under their own names. Together the fragments of a kind cover every
@@ -17,13 +17,12 @@ A folder named step-* is complete: it is written under another name and renamed 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from bigtrain.errors import RunError, UserError
 
@@ -85,12 +84,9 @@ def read_index(checkpoint: Path) -> Index:
 
 
 def checksum(path: Path) -> str:
-    """xxh3-128 of a file, in hexadecimal. It finds damage, not malice."""
-    digest = xxhash.xxh3_128()
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from bigtrain_kernels.ops import resolve_backend
 from safetensors import SafetensorError, safe_open
 
+from bigtrain import configfile
 from bigtrain.checkpoint import format
 from bigtrain.checkpoint.format import Fragment, Index
-from bigtrain.checkpoint.state import Partition
+from bigtrain.config import Config
+from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.tokenizer import load as load_tokenizer
 from bigtrain.errors import RunError, UserError
+from bigtrain.model.transformer import Transformer
+
+if TYPE_CHECKING:  # it imports deepspeed, which evaluating and generating do without
+    from bigtrain.checkpoint.state import Partition
 
 
 def find(path: Path) -> Path:
@@ -107,7 +117,7 @@ def load_weights(reader: Reader, partitions: list[Partition], kind: str) -> None
     Raises UserError when the checkpoint has no moving average.
     """
     if kind not in reader.index.kinds:
-        raise UserError(f"{reader.path}: holds no moving average of the weights; it was trained without train.ema_decay")
+        raise _no_average(reader)
     for partition in partitions:
         _fill(reader, partition, "model", kind)
 
@@ -118,3 +128,35 @@ def _fill(reader: Reader, partition: Partition, kind: str, source: str) -> None:
         out = torch.empty(piece.length)
         reader.read(piece.name, source, piece.offset, out)
         tensor[piece.start : piece.start + piece.length].copy_(out)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A whole model in one process, ready to evaluate or generate with."""
+
+    path: Path
+    config: Config
+    model: Transformer
+    tokenizer: Tokenizer
+    state: dict[str, Any]
+
+
+def restore(checkpoint: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Restored:
+    """Build the model of a checkpoint, in evaluation mode, with the weights of `kind` ("model" or "ema")."""
+    reader = Reader(checkpoint)
+    if kind not in reader.index.kinds:
+        raise _no_average(reader)
+    config = configfile.load(checkpoint / "config.yaml")
+    with torch.device("meta"):
+        model = Transformer(config.model, config.model.vocab_size, resolve_backend(config.kernels.backend, device))
+    model = model.to_empty(device=device).to(dtype)
+    check_shapes(checkpoint, reader.index, {name: list(p.shape) for name, p in model.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.tensor(name, kind))
+    state = format.read_json(checkpoint / "state.json")
+    return Restored(checkpoint, config, model.eval().requires_grad_(False), load_tokenizer(checkpoint / "tokenizer"), state)
+
+
+def _no_average(reader: Reader) -> UserError:
+    return UserError(f"{reader.path}: holds no moving average of the weights; it was trained without train.ema_decay")

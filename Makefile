@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+train: .venv/.ops  ## set up, then train the small model of configs/quickstart.yaml
+	$(BIN)/bigtrain train configs/quickstart.yaml
+
+test: .venv/.test .venv/.ops  ## set up, then style checks and tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest
+
+.venv/.installed: setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.test: .venv/.installed
+	$(BIN)/pip install --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# DeepSpeed compiles its CPU kernels at first use; ranks that do so at the same time wait for each other's lock.
+.venv/.ops: .venv/.installed
+	$(BIN)/bigtrain ops build
+	touch $@
+
+clean:  ## remove the environment and what tools left behind; runs/ and data/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/:/'
+
+.PHONY: train test clean help
+.NOTPARALLEL:

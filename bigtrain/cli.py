@@ -1,0 +1,266 @@
+"""The commands. Each imports what it needs when it is called, so that `bigtrain --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from bigtrain.errors import BigtrainError, UserError
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BigtrainError as error:
+            if os.environ.get("RANK", "0") == "0":  # the other ranks found the same
+                print(f"bigtrain: {error}", file=sys.stderr)
+            raise typer.Exit(error.code) from None
+
+
+_settings = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None, "add_completion": False}
+app = typer.Typer(cls=_Commands, help="Train transformers, from a laptop without a GPU to many nodes.", **_settings)
+config_app = typer.Typer(help="Show a config, its schema, or what it becomes for DeepSpeed.", **_settings)
+data_app = typer.Typer(help="Turn text into shards of tokens.", **_settings)
+checkpoint_app = typer.Typer(help="List and verify the checkpoints of a run.", **_settings)
+ops_app = typer.Typer(help="Build DeepSpeed's C++ ops.", **_settings)
+for name, group in (("config", config_app), ("data", data_app), ("checkpoint", checkpoint_app), ("ops", ops_app)):
+    app.add_typer(group, name=name)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that win over the file's.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or one of its checkpoints.")]
+Weights = Annotated[str, typer.Option(help="model: as trained; ema: their moving average.")]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    new: Annotated[bool, typer.Option("--new", help="Start a new run beside one that is there: NAME-2, NAME-3, ...")] = False,
+) -> None:
+    """Train, or go on with a run that was stopped. Starts the ranks itself, unless a launcher has."""
+    from bigtrain import configfile, hardware, opbuild
+    from bigtrain.ranks import launched
+
+    source = configfile.read(config, overrides or [])
+    here = hardware.look()
+    variables = launched(os.environ)
+    if found := hardware.problems(source.config, here, int(variables["WORLD_SIZE"]) if variables else None):
+        raise source.error(found)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(opbuild.folder()))
+    if here.kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    ops = opbuild.needed(source.config, here.kind)
+    if variables:
+        opbuild.check_locks(ops)
+        from bigtrain.logs import RankOutput
+
+        output = RankOutput()
+        from bigtrain.session import run_rank
+
+        raise typer.Exit(run_rank(source.config, here, output, new))
+
+    from bigtrain_launch import local
+
+    from bigtrain.start import complete, new_name, open_run, with_data
+
+    _prepare(source.config.data)
+    settled = with_data(new_name(source.config) if new else source.config)
+    start = open_run(settled)
+    if start.done:
+        print(complete(start))
+        return
+    opbuild.build(ops, print)
+    arguments = ["train", str(config), *(overrides or []), *([f"run.name={settled.run.name}"] if new else [])]
+    raise typer.Exit(local.launch(arguments, hardware.ranks(settled, here), port=settled.launch.port, environment={}, threads=None))
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    weights: Weights = "model",
+    sequences: Annotated[int | None, typer.Option(help="Held-out sequences; left out: all.")] = None,
+) -> None:
+    """Loss, perplexity and bits per byte of a run's newest checkpoint on its held-out data."""
+    import json
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    device, dtype = _device()
+    from bigtrain.evaluate import evaluate_run
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("evaluating", total=sequences)
+        metrics = evaluate_run(run, weights, device, dtype, sequences, lambda done: bar.update(task, completed=done))
+    print(json.dumps(metrics))
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Keep the likeliest tokens that sum to p.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    weights: Weights = "model",
+) -> None:
+    """Continue a prompt with a run's newest checkpoint, as it is written."""
+    device, dtype = _device()
+    from bigtrain.checkpoint.load import find, restore
+    from bigtrain.config import Generate
+    from bigtrain.generate import generate as write
+
+    restored = restore(find(run), weights, device, dtype)
+    settings = Generate(tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    print(prompt, end="", flush=True)
+    for piece in write(restored.model, restored.tokenizer, prompt, settings, device):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are drawn over each other.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; left out: report.html in the run's folder.")] = None,
+) -> None:
+    """Write one HTML file with curves, config differences and samples of one or more runs."""
+    from bigtrain.report import write_report
+
+    print(write_report(runs, out))
+
+
+@config_app.command("show")
+def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """The resolved config, with where each value was set."""
+    from bigtrain import configfile
+
+    print(configfile.read(config, overrides or []).show(), end="")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """JSON Schema of a config file, for editors."""
+    import json
+
+    from bigtrain.configschema import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+@config_app.command("deepspeed")
+def config_deepspeed(config: ConfigPath, overrides: Overrides = None) -> None:
+    """What the config becomes for DeepSpeed on this machine (JSON)."""
+    import json
+
+    from bigtrain import configfile, hardware
+    from bigtrain.config import batch_arithmetic
+    from bigtrain.deepspeed_config import derive
+
+    source = configfile.read(config, overrides or [])
+    here = hardware.look()
+    if found := hardware.problems(source.config, here):
+        raise source.error(found)
+    batch = batch_arithmetic(source.config.train, hardware.ranks(source.config, here))
+    print(json.dumps(derive(source.config, batch, hardware.choose_precision(source.config.precision, here)[0]), indent=2))
+
+
+@data_app.command("prepare")
+def data_prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Tokenise the text that a config names into shards; returns at once when they are there."""
+    from bigtrain import configfile
+    from bigtrain.data.shards import Manifest
+
+    data = configfile.load(config, overrides or []).data
+    _prepare(data)
+    for name, split in Manifest.read(data.folder).splits.items():
+        print(f"{data.folder}: {name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes of text")
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(run: RunPath) -> None:
+    """Checkpoints of a run, oldest first: step, size, path."""
+    from bigtrain.checkpoint import format
+
+    found = format.checkpoints(run / "checkpoints")
+    if not found:
+        raise UserError(f"{run}: no checkpoints here; give a run folder")
+    for path in found:
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        print(f"step {format.step_of(path):>8}  {size / 2**20:10,.1f} MiB  {path}")
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run: RunPath) -> None:
+    """Compare every file of a run's checkpoints, or of one, with the checksums written beside it."""
+    from bigtrain.checkpoint import format
+
+    found = [run] if (run / "manifest.json").is_file() else format.checkpoints(run / "checkpoints")
+    if not found:
+        raise UserError(f"{run}: no checkpoints here; give a run folder or a checkpoint")
+    for path in found:
+        format.verify(path)
+        print(f"ok  {path}")
+
+
+@ops_app.command("build")
+def ops_build(config: Annotated[Path | None, typer.Argument(help="Build what this config needs; left out: all for the CPU.")] = None) -> None:
+    """Compile the ops before anything waits for them; returns at once when they are there."""
+    from bigtrain import configfile, hardware, opbuild
+
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(opbuild.folder()))
+    opbuild.build(opbuild.needed(configfile.load(config), hardware.look().kind) if config else list(opbuild.ALL), print)
+
+
+@ops_app.command("load", hidden=True)
+def ops_load(op: str) -> None:
+    """Load one op in this process, compiling it if need be; `ops build` runs it in a process of its own."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from bigtrain.engine import load_op
+
+    load_op(op)
+
+
+def _prepare(data) -> None:
+    """Prepare the data if it is not there yet, with a progress bar."""
+    from bigtrain.data.prepare import prepare
+    from bigtrain.data.shards import MANIFEST
+
+    if (Path(data.folder) / MANIFEST).is_file():
+        prepare(data)  # only compares
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        prepare(data, progress)
+
+
+def _device():
+    """Device and dtype for using a trained model in one process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+def main() -> None:
+    """Entry point of the `bigtrain` command."""
+    app(prog_name="bigtrain")

@@ -1,0 +1,32 @@
+"""How a launcher tells a process which rank it is. Standard library only, so that the launching side can ask too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The rank variables that a launcher has set, under torchrun's names, or None when nothing launched this process.
+
+    bigtrain's own launcher, torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK; srun sets SLURM_PROCID.
+    A Slurm batch script sees SLURM_PROCID too; only a task that srun started has a number for SLURM_STEP_ID.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return {
+            "RANK": environment["RANK"],
+            "WORLD_SIZE": environment["WORLD_SIZE"],
+            "LOCAL_RANK": environment.get("LOCAL_RANK", "0"),
+            "MASTER_ADDR": environment.get("MASTER_ADDR", ""),
+            "MASTER_PORT": environment.get("MASTER_PORT", "29500"),
+        }
+    if environment.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environment:
+        job = environment.get("SLURM_JOB_ID", "0")
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
+            "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR", ""),
+            # Below the ephemeral range, and the same on every node without asking anyone.
+            "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job) % 10000),
+        }
+    return None

@@ -1,0 +1,304 @@
+"""The run, read aloud: build, then for every step take a batch, train on it, and now and then evaluate and save.
+
+Position in the data is one integer; a batch, the dropout in it and the learning rate are functions of the position, the
+seed and the step. So a run that is stopped and started again goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bigtrain_kernels.ops import resolve_backend
+
+from bigtrain import configfile
+from bigtrain.checkpoint import format
+from bigtrain.checkpoint.load import Reader, check_shapes, find, load_all, load_weights
+from bigtrain.checkpoint.save import keep_newest, save
+from bigtrain.checkpoint.state import link, loss_scaler, partitions, publish
+from bigtrain.config import Batch, Config
+from bigtrain.data.loader import Loader, evaluation_batches
+from bigtrain.data.shards import TokenStore
+from bigtrain.data.tokenizer import load as load_tokenizer
+from bigtrain.engine import Engine
+from bigtrain.errors import RunError, StopRequested, UserError
+from bigtrain.evaluate import evaluate, to_device
+from bigtrain.generate import generate
+from bigtrain.metrics import Deferred, peak_memory_gib
+from bigtrain.model.initialise import initial_value
+from bigtrain.model.transformer import Transformer, parameter_shapes
+from bigtrain.runfolder import RunFolder
+from bigtrain.schedule import learning_rate_share
+from bigtrain.tasks import make_task
+from bigtrain.world import World
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass
+class Progress:
+    """Where the run is: all that a checkpoint needs besides tensors, and what early stopping remembers."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    position: int = 0
+    """Sequences consumed, over all epochs."""
+    best_loss: float = math.inf
+    """Lowest validation loss so far."""
+    evaluations_since_best: int = 0
+
+
+@dataclass
+class Step:
+    """One optimizer step, with numbers that may still be on their way from the device."""
+
+    number: int
+    tokens: float
+    """Target tokens of the whole global batch."""
+    loss_sum: Deferred
+    """This rank's part of the summed loss."""
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    loss_scale: float | None
+
+
+class Trainer:
+    """A run on this rank. `peak` is what all devices together can multiply, in TFLOP/s, which MFU divides by.
+
+    `report` gets what rank 0 shows and keeps; the other ranks pass a bare `Report`, which drops it.
+    """
+
+    def __init__(self, config: Config, batch: Batch, precision: str, peak: float, world: World, run: RunFolder, report: Report):
+        self.peak = peak
+        self.config, self.batch, self.precision, self.world, self.run, self.report = config, batch, precision, world, run, report
+        store = TokenStore(config.data.folder, "train")
+        self.data = store.manifest.fingerprint
+        self.held_out = TokenStore(config.data.folder, "validation")
+        self.tokenizer_folder = Path(config.data.folder) / "tokenizer"
+        self.tokenizer = load_tokenizer(self.tokenizer_folder)
+        self.task = make_task(config, store.manifest.tokenizer)
+        self.loader = Loader(store, self.task, config, batch, world.rank, config.train.seed)
+        self.engine = self._engine()
+        self.partitions = partitions(self.engine.deepspeed)
+        self.shapes = {n: list(s) for n, s in parameter_shapes(config.model, config.model.vocab_size).items()}
+        self.progress = Progress()
+        self.saved: int | None = None  # step of the newest checkpoint that this attempt wrote or resumed from
+        self.flops_per_token = self.engine.module.flops_per_token(config.data.sequence_length)
+        self.unlogged: Step | None = None
+        self.stop: int | None = None  # the signal that asked this rank to stop
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda arrived, frame: setattr(self, "stop", arrived))
+
+    def _engine(self) -> Engine:
+        config = self.config
+        backend = resolve_backend(config.kernels.backend, self.world.device)
+        return Engine(
+            config,
+            self.batch,
+            self.precision,
+            self.world,
+            build=lambda: Transformer(config.model, config.model.vocab_size, backend),
+            initialise=lambda name, p: p.copy_(initial_value(name, p.shape, config.model, config.train.seed)),
+        )
+
+    def train(self) -> None:
+        """Train to `train.steps`, or until early stopping. Raises StopRequested after saving when a signal came."""
+        config, progress = self.config, self.progress
+        with closing(self.loader.steps(progress.position)) as batches:
+            while progress.step < config.train.steps:
+                started = time.perf_counter()
+                micro_batches, position = next(batches)
+                self.unlogged = self.train_step(micro_batches, started)
+                progress.step, progress.position = progress.step + 1, position
+                last = progress.step == config.train.steps
+                if last or _due(progress.step, config.evaluate.every):
+                    self.finish_step()
+                    last |= self.evaluate()
+                if last or _due(progress.step, config.checkpoint.every):
+                    self.finish_step()
+                    self.save(done=last)
+                if last:
+                    return
+
+    def train_step(self, micro_batches: list[dict[str, Any]], started: float) -> Step:
+        """One update of the weights from this rank's part of a global batch.
+
+        The loss is the sum over target tokens divided by their number in the whole global batch, so neither
+        accumulation, packing nor the number of ranks changes it.
+        """
+        tokens = self.agree(sum(batch["count"] for batch in micro_batches))
+        losses = []
+        for batch in micro_batches:
+            torch.manual_seed(_seed(self.config.train.seed, batch["first_position"]))
+            loss, _ = self.task.loss(self.engine, to_device(batch, self.world.device))
+            self.engine.backward(loss / tokens)
+            losses.append(loss.detach())
+        loss_sum = Deferred(torch.stack(losses).sum())
+        share = learning_rate_share(self.config, self.progress.step)
+        grad_norm, applied = self.engine.step(share)
+        if not applied and self.precision != "fp16":  # fp16 skips such steps by design and lowers its loss scale
+            self.refuse(micro_batches, losses, grad_norm)
+        self.follow()
+        rate = share * self.config.optimizer.lr
+        return Step(
+            self.progress.step + 1, tokens, loss_sum, grad_norm, rate, time.perf_counter() - started, self.engine.loss_scale
+        )
+
+    def agree(self, tokens: int) -> float:
+        """The one small all-reduce of a step: target tokens of the global batch, the loss of the step before, and whether
+        any rank was asked to stop, in which case every rank saves and raises StopRequested."""
+        before = self.unlogged.loss_sum.value() if self.unlogged else 0.0
+        tokens_sum, loss_sum, stops = self.world.sum([tokens, before, self.stop is not None])
+        self.log(loss_sum)
+        if stops:
+            self.save()
+            raise StopRequested(f"stopped on request after step {self.progress.step}; the same command goes on from there")
+        return max(1.0, tokens_sum)
+
+    def finish_step(self) -> None:
+        """Log the step just done without waiting for the next one to begin."""
+        if self.unlogged:
+            self.log(*self.world.sum([self.unlogged.loss_sum.value()]))
+
+    def log(self, loss_sum: float) -> None:
+        step, self.unlogged = self.unlogged, None
+        if step is None:
+            return
+        loss = loss_sum / step.tokens
+        if not math.isfinite(loss) and self.precision != "fp16":
+            raise RunError(f"step {step.number}: the loss is {loss}; {self._safe()}")
+        tokens = self.batch.global_batch * self.config.data.sequence_length
+        row = {
+            "step": step.number,
+            "loss": loss,
+            "lr": step.learning_rate,
+            "grad_norm": step.grad_norm,
+            "tokens": step.number * tokens,
+            "tokens_per_s": tokens / step.seconds,
+            "mfu": self.flops_per_token * tokens / step.seconds / (self.peak * 1e12),
+            "step_s": step.seconds,
+            "memory_gib": peak_memory_gib(self.world.device),
+        }
+        if step.loss_scale is not None:
+            row["loss_scale"] = step.loss_scale
+        self.report.step(row)
+
+    def follow(self) -> None:
+        """Move the moving average of the weights a little towards them."""
+        if decay := self.config.train.ema_decay:
+            for partition in self.partitions:
+                if "ema" not in partition.extra:
+                    partition.extra["ema"] = partition.master.clone()
+                partition.extra["ema"].lerp_(partition.master, 1 - decay)
+
+    def refuse(self, micro_batches: list[dict[str, Any]], losses: list[torch.Tensor], grad_norm: float) -> None:
+        """Stop the run on a step that was not applied: say on which rank, and from which sequences, the trouble came."""
+        mine = [b["first_position"] for b, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(float(loss))]
+        found = []
+        for rank, positions in enumerate(self.world.gather(mine)):
+            for first in positions:
+                found.append(f"rank {rank}, sequences {first} to {first + self.batch.micro_batch - 1}")
+        where = f"the loss is not finite on {'; '.join(found)}" if found else f"the gradient's norm is {grad_norm} while every loss is finite"
+        raise RunError(f"step {self.progress.step + 1}: {where}. The step was not applied; {self._safe()}")
+
+    def _safe(self) -> str:
+        saved = format.checkpoints(self.run.checkpoints)
+        return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+    def evaluate(self) -> bool:
+        """Evaluate on the held-out split and write samples. Returns whether early stopping says that it is enough."""
+        with self.engine.evaluating() as model:
+            batches = evaluation_batches(self.held_out, self.task, self.config, self.batch, self.world.rank)
+            metrics = evaluate(model, self.task, batches, self.world.device, self.world.sum)
+            samples = []
+            for prompt in self.config.generate.prompts:
+                pieces = generate(model, self.tokenizer, prompt, self.config.generate, self.world.device)
+                samples.append({"step": self.progress.step, "prompt": prompt, "text": "".join(pieces)})
+        self.report.evaluation({"step": self.progress.step, **metrics}, samples)
+        stopping, progress = self.config.train.early_stopping, self.progress
+        if metrics["validation_loss"] < progress.best_loss - (stopping.min_delta if stopping else 0.0):
+            progress.best_loss, progress.evaluations_since_best = metrics["validation_loss"], 0
+        else:
+            progress.evaluations_since_best += 1
+        if stopping is None or progress.evaluations_since_best < stopping.patience:
+            return False
+        self.report.message(
+            f"stopping early at step {progress.step}: no better than {progress.best_loss:.4f} in {stopping.patience} evaluations"
+        )
+        return True
+
+    def save(self, done: bool = False) -> None:
+        """Write a checkpoint of this moment, if there is none yet, and remove the oldest beyond `checkpoint.keep`.
+
+        `done` says that the run ends here.
+        """
+        if self.saved == self.progress.step:
+            return
+        scalars: dict[str, float] = {}
+        for partition in self.partitions:
+            if partition.pieces:
+                scalars.update(partition.scalars())
+        state = {
+            **vars(self.progress),
+            "best_loss": self.progress.best_loss if math.isfinite(self.progress.best_loss) else None,
+            "optimizer": scalars,
+            "loss_scaler": {key: value for _, key, value in loss_scaler(self.engine.deepspeed)},
+            "data": self.data,
+            "done": done,
+        }
+        files = {"config.yaml": configfile.dump(self.config), "tokenizer": self.tokenizer_folder}
+        save(self.run.checkpoints, self.progress.step, self.shapes, self.partitions, state, files, self.world)
+        self.saved = self.progress.step
+        if self.world.first:
+            keep_newest(self.run.checkpoints, self.config.checkpoint.keep)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint of this run. Raises UserError when model or data are not what it was made with."""
+        reader = Reader(checkpoint)
+        check_shapes(checkpoint, reader.index, self.shapes)
+        state = format.read_json(checkpoint / "state.json")
+        if state["data"] != self.data:
+            raise UserError(
+                f"{self.config.data.folder}: not the data that {checkpoint} was trained on; bring that back, or start a run with --new"
+            )
+        load_all(reader, self.partitions, state["optimizer"])
+        link(self.engine.deepspeed)
+        publish(self.engine.deepspeed)
+        for holder, key, _ in loss_scaler(self.engine.deepspeed):
+            setattr(holder, key, type(getattr(holder, key))(state["loss_scaler"][key]))
+        best = math.inf if state["best_loss"] is None else state["best_loss"]
+        self.progress = Progress(state["step"], state["position"], best, state["evaluations_since_best"])
+        self.saved = self.progress.step
+
+    def start_from(self, path: Path, kind: str) -> None:
+        """Take the weights of another run's checkpoint, with a fresh optimizer (fine-tuning)."""
+        reader = Reader(find(path))
+        check_shapes(reader.path, reader.index, self.shapes)
+        load_weights(reader, self.partitions, kind)
+        publish(self.engine.deepspeed)
+
+
+class Report:
+    """What a trainer tells the outside; the base tells nobody, for all ranks but the first."""
+
+    def step(self, row: dict[str, Any]) -> None: ...
+
+    def evaluation(self, row: dict[str, Any], samples: list[dict[str, Any]]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _seed(seed: int, position: int) -> int:
+    # Any injective mix will do: torch scrambles the seed itself.
+    return (seed << 40 ^ position) & (2**63 - 1)

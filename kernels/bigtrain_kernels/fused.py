@@ -1,0 +1,164 @@
+"""The torch backend: operators whose backward pass is written by hand.
+
+Eager autograd writes every intermediate of a formula to memory in float32 and keeps most of them. These functions keep
+their inputs, recompute what is cheap, work in their own buffers and round once. On a CPU, where bf16 matrix products are
+fast, such passes would otherwise be half of a training step. All of them can be traced by torch.compile.
+
+B batch, T sequence length, H heads, D head dim, R = D / 2, N flattened tokens, E width, F mlp width, V vocabulary,
+C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reference import IGNORE, wide
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy in at least float32, to be worked on in place."""
+    return x.to(wide(x.new_empty(0)).dtype, copy=True)
+
+
+class RmsNorm(torch.autograd.Function):
+    """(x_NE, residual_NE or None, weight_E, eps) -> (normed sum, sum). Keeps the sum and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, eps: float):
+        sum_NE = x_NE if residual_NE is None else x_NE + residual_NE
+        w_NE = _own(sum_NE)
+        rstd_N1 = torch.linalg.vector_norm(w_NE, dim=-1, keepdim=True).square().div(w_NE.shape[-1]).add(eps).rsqrt()
+        ctx.save_for_backward(sum_NE, weight_E, rstd_N1)
+        ctx.has_residual = residual_NE is not None
+        normed_NE = w_NE.mul_(rstd_N1).mul_(wide(weight_E)).to(x_NE.dtype)
+        return normed_NE, sum_NE if ctx.has_residual else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NE: Tensor, grad_sum_NE: Tensor | None):
+        # With u = x * rstd and s = weight: dx = rstd * (g s - u mean(g s u)), ds = sum over rows of g u.
+        sum_NE, weight_E, rstd_N1 = ctx.saved_tensors
+        scale_E, x_NE, g_NE = wide(weight_E), wide(sum_NE), _own(grad_NE)
+        gx_NE = g_NE * x_NE
+        grad_weight_E = (rstd_N1.t() @ gx_NE).squeeze(0).to(weight_E.dtype)
+        mean_N1 = (gx_NE @ scale_E).div(scale_E.shape[0]).unsqueeze(-1) * rstd_N1.square()
+        grad_x_NE = g_NE.mul_(scale_E).addcmul_(x_NE, mean_N1, value=-1).mul_(rstd_N1).to(grad_NE.dtype)
+        if grad_sum_NE is not None:
+            grad_x_NE += grad_sum_NE
+        return grad_x_NE, grad_x_NE if ctx.has_residual else None, grad_weight_E, None
+
+
+def _rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    a, b = wide(x_BTHD).chunk(2, -1)
+    cos, sin = cos_BTR.unsqueeze(2), sin_BTR.unsqueeze(2)
+    out_BTHD = torch.empty_like(x_BTHD, memory_format=torch.contiguous_format)
+    out_a, out_b = out_BTHD.chunk(2, -1)
+    out_a.copy_((a * cos).addcmul_(b, sin, value=-1))
+    out_b.copy_((b * cos).addcmul_(a, sin))
+    return out_BTHD
+
+
+class Rope(torch.autograd.Function):
+    """(x, cos, sin) -> x rotated. Keeps only the angles: the gradient is rotated back."""
+
+    @staticmethod
+    def forward(ctx, x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BTR, sin_BTR)
+        return _rotate(x_BTHD, cos_BTR, sin_BTR)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BTHD: Tensor):
+        cos_BTR, sin_BTR = ctx.saved_tensors
+        return _rotate(grad_BTHD, cos_BTR, -sin_BTR), None, None
+
+
+class Glu(torch.autograd.Function):
+    """(gate_NF, up_NF, kind) -> act(gate) * up. Keeps its inputs, not act(gate)."""
+
+    @staticmethod
+    def forward(ctx, gate_NF: Tensor, up_NF: Tensor, kind: str) -> Tensor:
+        ctx.save_for_backward(gate_NF, up_NF)
+        ctx.kind = kind
+        return (F.silu(gate_NF) if kind == "swiglu" else F.gelu(gate_NF)).mul_(up_NF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NF: Tensor):
+        gate_NF, up_NF = ctx.saved_tensors
+        if ctx.kind == "swiglu":
+            grad_gate_NF = torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF)
+            return grad_gate_NF, F.silu(gate_NF).mul_(grad_NF), None
+        grad_gate_NF = torch.ops.aten.gelu_backward(grad_NF * up_NF, gate_NF)
+        return grad_gate_NF, F.gelu(gate_NF).mul_(grad_NF), None
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """(hidden_NE, weight_VE, bias_V or None, target_N, need_grad) -> (summed loss, count of targets).
+
+    Goes over the tokens in chunks, so that the logits of one chunk are all that ever exists, turns them into their own
+    gradient in place, and forms the gradients of the inputs in the same pass (Hsu et al. 2024, Liger Kernel, section 3.2).
+    What is kept for the backward pass is as large as the hidden states and the weight; the weight itself is not touched
+    again, since ZeRO-3 may have released it by then.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, target_N: Tensor, need_grad: bool):
+        N, E = hidden_NE.shape
+        C = chunk_tokens(N, E, weight_VE.shape[0])
+        keep_N1 = target_N[:, None] != IGNORE
+        index_N1 = target_N[:, None].long().where(keep_N1, 0)
+        loss = wide(hidden_NE.new_zeros(()))
+        grad_hidden_NE = torch.empty_like(hidden_NE) if need_grad else None
+        grad_weight_VE = grad_bias_V = None
+        for start in range(0, N, C):
+            rows = slice(start, start + C)
+            h_CE, keep_C1 = hidden_NE[rows], keep_N1[rows]
+            logits_CV = F.linear(h_CE, weight_VE, bias_V)
+            loss += _cross_entropy_(logits_CV, index_N1[rows], keep_C1, need_grad)
+            if need_grad:
+                # Ignored tokens leave through the narrow side of each product.
+                grad_hidden_NE[rows] = (logits_CV @ weight_VE).where(keep_C1, 0)
+                grad_weight_VE = _accumulate(grad_weight_VE, logits_CV.t() @ h_CE.where(keep_C1, 0))
+                if bias_V is not None:
+                    grad_bias_V = _accumulate(grad_bias_V, (keep_C1.t().to(logits_CV.dtype) @ logits_CV).squeeze(0))
+        if need_grad:
+            grads = (grad_hidden_NE, grad_weight_VE, grad_bias_V)
+            ctx.save_for_backward(*(None if g is None else g.to(hidden_NE.dtype) for g in grads))
+        count = keep_N1.sum()
+        ctx.mark_non_differentiable(count)
+        return loss, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, _):
+        # In place: autograd refuses a second backward pass over them, as it does over freed buffers.
+        return *(None if saved is None else saved.mul_(grad_loss) for saved in ctx.saved_tensors), None, None
+
+
+def chunk_tokens(N: int, E: int, V: int) -> int:
+    """Tokens in a chunk of the loss: its logits take 4 M elements, or twice as many as the hidden states if that is more."""
+    return 1 << max(0, max(2 * N * E, 1 << 22) // V - 1).bit_length()
+
+
+def _cross_entropy_(logits_CV: Tensor, index_C1: Tensor, keep_C1: Tensor, need_grad: bool) -> Tensor:
+    """Summed loss of the kept rows; with `need_grad`, replaces the logits by softmax - onehot."""
+    C, V = logits_CV.shape
+    # On a CPU a few rows at a time: float32 scratch that fits in a core's cache instead of a pass over memory an operation.
+    step = C if logits_CV.is_cuda else max(1, (1 << 19) // V)
+    loss = wide(logits_CV.new_zeros(()))
+    for start in range(0, C, step):
+        rows = slice(start, start + step)
+        logp = torch.log_softmax(logits_CV[rows], -1, dtype=loss.dtype)
+        loss -= logp.gather(1, index_C1[rows]).where(keep_C1[rows], 0).sum()
+        if need_grad:
+            logits_CV[rows] = logp.exp_().scatter_add_(1, index_C1[rows], logp.new_full((len(logp), 1), -1.0))
+    return loss
+
+
+def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
+    """Sum of the chunks in at least float32; a single chunk stays as it is."""
+    return part if total is None else wide(total).add_(part)

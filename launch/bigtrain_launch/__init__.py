@@ -1,0 +1,1 @@
+"""How the processes of a run reach machines. Knows the config and the run folder, never torch."""

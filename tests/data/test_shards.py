@@ -1,0 +1,99 @@
+import json
+
+import numpy as np
+import pytest
+
+from bigtrain.data.prepare import prepare
+from bigtrain.data.shards import Manifest, TokenStore
+from bigtrain.errors import UserError
+
+
+def test_reads_cross_the_borders_of_shards(store):
+    """Every read equals the slice of the whole, which is put together here from the files as the format defines them."""
+    names = sorted(p.name for p in store.folder.glob("train-*.tokens"))
+    assert len(names) > 4
+    whole = np.concatenate([np.fromfile(store.folder / n, "<u2") for n in names])
+    counts = np.concatenate([np.fromfile(store.folder / n.replace(".tokens", ".bytes"), "u1") for n in names])
+    assert len(whole) == len(store)
+    for start, stop in [(0, len(store)), (990, 1010), (999, 1000), (1000, 1001), (500, 3500), (len(store) - 1, len(store)), (7, 7)]:
+        assert (store.tokens(start, stop) == whole[start:stop]).all()
+        assert (store.token_bytes(start, stop) == counts[start:stop]).all()
+        starts = np.flatnonzero(whole == 256)  # the end-of-document token opens each
+        assert (store.document_starts(start, stop) == starts[(starts >= start) & (starts < stop)]).all()
+
+
+def test_a_read_beyond_the_end_is_refused(store):
+    with pytest.raises(IndexError):
+        store.tokens(0, len(store) + 1)
+
+
+def test_locate_names_the_file(store):
+    assert store.locate(0) == (store.folder / "train-00000.tokens", 0)
+    assert store.locate(999) == (store.folder / "train-00000.tokens", 999)
+    assert store.locate(1000) == (store.folder / "train-00001.tokens", 0)
+
+
+def test_a_missing_or_short_file_is_named(store):
+    path = store.folder / "train-00001.tokens"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="train-00001.tokens: has 1998 bytes, expected 2000 bytes; copy it again"):
+        TokenStore(store.folder, "train")
+    path.unlink()
+    with pytest.raises(UserError, match="train-00001.tokens: is missing, expected 2000 bytes"):
+        TokenStore(store.folder, "train")
+
+
+@pytest.mark.parametrize("file", ["train-00001.tokens", "train-00000.bytes", "validation.documents"])
+def test_verify_finds_a_flipped_bit(store, file):
+    store.manifest.verify(store.folder)
+    raw = bytearray((store.folder / file).read_bytes())
+    raw[5] ^= 1
+    (store.folder / file).write_bytes(raw)
+    with pytest.raises(UserError, match=f"{file}: has changed since it was prepared"):
+        store.manifest.verify(store.folder)
+
+
+def test_no_manifest_is_named(tmp_path):
+    with pytest.raises(UserError, match="manifest.json does not exist: no prepared data in .*; prepare it first"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda m: m["splits"]["train"].pop("tokens"), "damaged .splits.train.tokens: Field required.; remove"),
+        (lambda m: m["splits"]["train"].update(tokens=5), "damaged .its fingerprint does not match"),
+        (lambda m: m["tokenizer"].update(eod_id="256"), "damaged .tokenizer.eod_id: Input should be a valid integer"),
+        (lambda m: m.update(format=2), "format 2, this version of bigtrain reads format 1"),
+        (lambda m: m.clear(), "damaged .KeyError: 'fingerprint'"),
+    ],
+)
+def test_a_damaged_manifest_is_named(store, change, says):
+    path = store.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"manifest.json: {says}"):
+        Manifest.read(store.folder)
+
+
+def test_a_manifest_cut_short_is_named(store):
+    path = store.folder / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(UserError, match="manifest.json: damaged .*remove the folder and prepare the data again"):
+        Manifest.read(store.folder)
+
+
+def test_a_model_with_too_few_rows_is_refused(store):
+    store.check_model(257)
+    with pytest.raises(UserError, match="model.vocab_size: 256 is too small for .*, whose largest token is 256; set it to 258 or more"):
+        store.check_model(256)
+
+
+def test_sequences_need_their_last_target(store, texts, data):
+    n = len(store)
+    assert store.sequences(n - 1) == 1
+    with pytest.raises(UserError, match=f"the train split has {n} tokens, not one sequence of {n} and its target; lower data.seq"):
+        store.sequences(n)
+    with pytest.raises(UserError, match="a larger data.validation_fraction"):
+        TokenStore(prepare(data()), "validation").sequences(10**6)
