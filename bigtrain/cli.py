@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,8 @@ def train(
     from bigtrain import configfile, hardware, opbuild
     from bigtrain.ranks import launched
 
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("torch is not installed in this Python; install bigtrain with its requirements: pip install -c constraints.txt .")
     source = configfile.read(config, overrides or [])
     here = hardware.look()
     variables = launched(os.environ)
@@ -66,9 +69,8 @@ def train(
 
         raise typer.Exit(run_rank(source.config, here, output, new))
 
-    from bigtrain_launch import local
-
     from bigtrain.start import complete, new_name, open_run, with_data
+    from bigtrain_launch import local
 
     _prepare(source.config.data)
     settled = with_data(new_name(source.config) if new else source.config)
@@ -78,7 +80,8 @@ def train(
         return
     opbuild.build(ops, print)
     arguments = ["train", str(config), *(overrides or []), *([f"run.name={settled.run.name}"] if new else [])]
-    raise typer.Exit(local.launch(arguments, hardware.ranks(settled, here), port=settled.launch.port, environment={}, threads=None))
+    ranks = hardware.ranks(settled, here)
+    raise typer.Exit(local.launch(arguments, ranks, port=settled.launch.port, environment={}, threads=max(1, here.cores // ranks)))
 
 
 @app.command()
@@ -212,7 +215,9 @@ def checkpoint_verify(run: RunPath) -> None:
 
 
 @ops_app.command("build")
-def ops_build(config: Annotated[Path | None, typer.Argument(help="Build what this config needs; left out: all for the CPU.")] = None) -> None:
+def ops_build(
+    config: Annotated[Path | None, typer.Argument(help="Build what this config needs; left out: all for the CPU.")] = None,
+) -> None:
     """Compile the ops before anything waits for them; returns at once when they are there."""
     from bigtrain import configfile, hardware, opbuild
 

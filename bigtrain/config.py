@@ -116,8 +116,8 @@ class Data(Section):
     """Field that holds the text (jsonl)."""
     tokenizer: str = "bpe"
     """bytes; bpe (byte-level, trained on this data); or the folder of a Hugging Face tokenizer."""
-    bpe_vocab_size: Annotated[int, Field(ge=257)] = 4096
-    """Size of the trained vocabulary, 256 bytes and the end-of-document token included."""
+    bpe_vocab_size: Annotated[int, Field(ge=258)] = 4096
+    """Size of the trained vocabulary: 256 bytes, the end-of-document and the mask token included."""
     folder: str = "data/stdlib"
     """Where the prepared shards are, or will be."""
     sequence_length: Positive
@@ -181,7 +181,8 @@ class Optimizer(Section):
     """muon: Muon on the matrices of the blocks, AdamW on the rest."""
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled where the optimizer decouples it; applied to matrices, not to norms, biases and embeddings' vectors."""
+    """Applied to parameters of two and more dimensions, embeddings among them; not to norms and biases. Decoupled from the
+    learning rate's gradient step in adamw, lion and muon; an L2 term of the gradient in sgd and rmsprop."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """Decay of the moments (adamw, lion, and muon's AdamW part)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -297,7 +298,7 @@ class Batch(Section):
 def batch_arithmetic(train: Train, ranks: int) -> Batch:
     """Work out the third of global_batch, micro_batch and accumulation.
 
-    Raises ValueError when all three are given and contradict each other, or a rank would never see a sequence.
+    Raises ValueError when all three are given and contradict each other.
     """
     g, m, a = train.global_batch, train.micro_batch, train.accumulation
     if g is None:
@@ -306,23 +307,11 @@ def batch_arithmetic(train: Train, ranks: int) -> Batch:
         m = math.ceil(g / (a * ranks))
     elif a is None:
         a = math.ceil(g / (m * ranks))
-    if math.ceil(g / (m * ranks)) != a:
+    elif math.ceil(g / (m * ranks)) != a:
         raise ValueError(
             f"global_batch {g} is not micro_batch {m} x accumulation {a} x {ranks} ranks = {m * a * ranks}; remove one of the three"
         )
     return Batch(global_batch=g, micro_batch=m, accumulation=a, ranks=ranks)
-
-
-# What each optimizer can do at each ZeRO stage, and with its state offloaded to the host (docs/optimizers.md; tried by
-# tests/distributed/test_optimizers.py).
-OPTIMIZER_STAGES: dict[str, set[int]] = {
-    "adamw": {0, 1, 2, 3},
-    "lion": {0, 1, 2, 3},
-    "muon": {1, 2, 3},
-    "sgd": {0, 1, 2, 3},
-    "rmsprop": {0, 1, 2, 3},
-}
-OPTIMIZER_OFFLOAD: set[str] = {"adamw", "lion"}
 
 
 def problems(config: Config) -> list[tuple[str, str]]:
@@ -334,29 +323,32 @@ def problems(config: Config) -> list[tuple[str, str]]:
 
     model, data, train, zero, optimizer = config.model, config.data, config.train, config.zero, config.optimizer
     if data.sequence_length > model.max_positions:
-        problem("data.sequence_length", f"{data.sequence_length} is longer than model.max_positions {model.max_positions}; lower it or raise that")
+        problem(
+            "data.sequence_length",
+            f"{data.sequence_length} is longer than model.max_positions {model.max_positions}; lower it or raise that",
+        )
     if train.task == "causal" and not model.causal:
         problem("train.task", "causal needs model.causal: true; use task: masked for an encoder")
     if train.task == "masked" and model.causal:
         problem("train.task", "masked needs model.causal: false; use task: causal for a decoder")
-    if zero.stage not in OPTIMIZER_STAGES[optimizer.name]:
-        allowed = sorted(OPTIMIZER_STAGES[optimizer.name])
-        problem("zero.stage", f"{zero.stage} does not work with optimizer {optimizer.name}; stages that do: {', '.join(map(str, allowed))}")
+    # What each optimizer can do at each stage, tried by tests/distributed/test_optimizers.py, stands in docs/optimizers.md.
     if zero.offload_optimizer and zero.stage == 0:
         problem("zero.offload_optimizer", "needs zero.stage 1, 2 or 3: stage 0 shards nothing that could be offloaded")
-    if zero.offload_optimizer and optimizer.name not in OPTIMIZER_OFFLOAD:
-        problem("zero.offload_optimizer", f"does not work with optimizer {optimizer.name}; use {' or '.join(sorted(OPTIMIZER_OFFLOAD))}")
+    if optimizer.name == "muon" and train.clip is not None and zero.stage > 0:
+        problem(
+            "train.clip",
+            "set it to null with optimizer muon at zero.stage 1 to 3: there DeepSpeed measures the norm of Muon's orthogonal update,"
+            " which grows with the model, and clipping would scale the update away",
+        )
     if config.schedule.warmup_steps >= train.steps:
         problem("schedule.warmup_steps", f"{config.schedule.warmup_steps} leaves nothing of train.steps {train.steps}")
     if config.schedule.name == "wsd" and config.schedule.warmup_steps + wsd_decay_steps(config) > train.steps:
-        problem("schedule.decay_steps", f"warmup_steps {config.schedule.warmup_steps} + decay_steps {wsd_decay_steps(config)} exceed train.steps {train.steps}")
+        problem(
+            "schedule.decay_steps",
+            f"warmup_steps {config.schedule.warmup_steps} + decay_steps {wsd_decay_steps(config)} exceed train.steps {train.steps}",
+        )
     if train.early_stopping and config.evaluate.every is None:
         problem("train.early_stopping", "needs evaluate.every: it looks at the validation loss")
-    if config.launch.ranks_per_node:
-        try:
-            batch_arithmetic(train, config.launch.ranks_per_node)
-        except ValueError as error:
-            problem("train.global_batch", str(error))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +46,8 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
         self._base = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
         self._plain = self._base is self.deepspeed.optimizer
+        if hasattr(self.deepspeed.optimizer, "fp32_groups"):
+            _undo_first_step(self.deepspeed.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -97,6 +98,16 @@ class Engine:
     def loss_scale(self) -> float | None:
         """Current loss scale of fp16; None in the other precisions."""
         return float(self.deepspeed.optimizer.cur_scale) if self._precision == "fp16" else None
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """DeepSpeed's 16-bit optimizer of stage 0 steps once on zero gradients to allocate its states: that decays the weights
+    and counts a step that never was."""
+    optimizer.optimizer.state.clear()
+    with torch.no_grad():
+        for low, master in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for p, m in zip(low, master, strict=True):
+                m.copy_(p)
 
 
 def _build(stage: int, settings: dict, device: torch.device, build: Callable, initialise: Callable) -> nn.Module:

@@ -49,9 +49,7 @@ def evaluate_run(
     Raises UserError when the run has no checkpoint or its data is gone or has changed.
     """
     restored = restore(find(path), kind, device, dtype)
-    config: Config = restored.config.model_copy(
-        update={"evaluate": restored.config.evaluate.model_copy(update={"sequences": sequences})}
-    )
+    config: Config = restored.config.model_copy(update={"evaluate": restored.config.evaluate.model_copy(update={"sequences": sequences})})
     store = TokenStore(config.data.folder, "validation")
     if store.manifest.fingerprint != restored.state["data"]:
         raise UserError(f"{config.data.folder}: not the data that {restored.path} was trained on; prepare that again, or set its folder")

@@ -68,11 +68,12 @@ def build(ops: list[str], say: Callable[[str], None]) -> None:
         return
     if not (shutil.which("c++") or shutil.which("g++")):
         raise UserError(f"DeepSpeed needs a C++ compiler to build {', '.join(todo)}; install g++ (Debian: apt-get install g++)")
+    # torch looks for ninja on PATH; in an environment that is not activated it lies beside python.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     say(f"building DeepSpeed's {', '.join(todo)}: about a minute, once")
     command = [sys.executable, "-m", "bigtrain", "ops", "load"]
-    started = [
-        (op, subprocess.Popen([*command, op], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")) for op in todo
-    ]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    started = [(op, subprocess.Popen([*command, op], env=environment, **pipe)) for op in todo]
     failed = []
     for op, process in started:
         output, _ = process.communicate()

@@ -13,21 +13,30 @@ import html
 import json
 import math
 import re
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
-from bigtrain.errors import UserError
+from bigtrain.errors import DONE, FAILURE, STOPPED, USER_MISTAKE, UserError
 from bigtrain.report_data import Run, curves, number, numbers, positions, read_run
 from bigtrain.runfolder import RunFolder, write_atomically
 
 SAMPLE_STEPS = 40
 """Evaluations whose samples are shown, spread over the run."""
 COLOURS = 8
-EXITS = {0: "done", 1: "failed", 2: "mistake in the configuration", 75: "stopped on request", 76: "hang", 77: "bad node", 78: "same crash twice"}
+EXITS = {
+    DONE: "done",
+    FAILURE: "failed",
+    USER_MISTAKE: "mistake in the configuration",
+    STOPPED: "stopped on request",
+    76: "hang",
+    77: "bad node",
+    78: "same crash twice",
+}
 
 
 class Chart(NamedTuple):
@@ -152,7 +161,7 @@ def _ending(attempt: dict[str, Any]) -> tuple[str, str]:
     if code is None:
         return ("in progress" if attempt.get("ended") is None else "ended", "open")
     words = EXITS.get(code, "failed") if isinstance(code, int) else "failed"
-    return words + (f" (exit code {code})" if code else ""), "good" if code == 0 else "open" if code == 75 else "bad"
+    return words + (f" (exit code {code})" if code else ""), "good" if code == DONE else "open" if code == STOPPED else "bad"
 
 
 Facts = list[tuple[str, str]]
@@ -228,7 +237,8 @@ def _attempts(run: Run) -> str:
     for attempt in run.attempts:
         started, ended = _moment(attempt.get("started")), _moment(attempt.get("ended"))
         took = _duration((ended - started).total_seconds()) if started and ended else ""
-        cells = (attempt["attempt"], f"{started:%Y-%m-%d %H:%M:%S}" if started else "", took, attempt.get("host", ""), attempt.get("ranks", ""))
+        at = f"{started:%Y-%m-%d %H:%M:%S}" if started else ""
+        cells = (attempt["attempt"], at, took, attempt.get("host", ""), attempt.get("ranks", ""))
         how, kind = _ending(attempt)
         row = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
         rows.append(f"<tr>{row}<td><span class={kind}>{_text(how)}</span> {_text(attempt.get('reason') or '')}</td></tr>")
@@ -257,7 +267,8 @@ def _differences(runs: list[Run]) -> str:
     body = "".join(
         f"<tr><th scope=row>{_text(key)}</th>{''.join(f'<td>{_text(f.get(key, chr(0x2013)))}</td>' for f in flat)}</tr>" for key in keys
     )
-    return f"<section><h2>Differences</h2><div class=scroll><table><thead><tr><th>Key</th>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
+    table = f"<table><thead><tr><th>Key</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<section><h2>Differences</h2><div class=scroll>{table}</div></section>"
 
 
 def _samples(index: int, run: Run) -> str:

@@ -52,7 +52,7 @@ class Screen:
     def evaluation(self, row: Row) -> None:
         """An evaluation row: step, validation_loss, perplexity, bits_per_byte."""
         parts = [f"validation loss {row['validation_loss']:.4f}"]
-        parts += [f"{name} {row[key]:.4g}" for name, key in (("perplexity", "perplexity"), ("bits per byte", "bits_per_byte")) if key in row]
+        parts += [f"{key.replace('_', ' ')} {row[key]:.4g}" for key in ("perplexity", "bits_per_byte") if key in row]
         self._out.line(f"step {row['step']:,}  " + "  ".join(parts), "bold green")
 
     def sample(self, prompt: str, text: str) -> None:
@@ -139,8 +139,9 @@ class _Terminal:
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
 
+        steps = Column(no_wrap=True, min_width=len(f"{total:,}/{total:,}"))
         bar = Progress(
-            TextColumn("{task.completed:,}/{task.total:,}", markup=False, table_column=Column(no_wrap=True, min_width=2 * len(f"{total:,}") + 1)),
+            TextColumn("{task.completed:,}/{task.total:,}", markup=False, table_column=steps),
             BarColumn(bar_width=None, complete_style="blue", finished_style="green", table_column=Column(ratio=1, min_width=8)),
             TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True)),
             console=self._console,

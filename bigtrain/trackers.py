@@ -10,6 +10,7 @@ such numbers; `float()` reads them all.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -18,8 +19,9 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Protocol
+from typing import Any, Protocol
 
 from bigtrain.config import Tracking
 from bigtrain.runfolder import RunFolder
@@ -105,7 +107,7 @@ class _JsonLines:
         text = "\n" * self._cut + "".join(json.dumps(_finite(row), allow_nan=False, default=str) + "\n" for row in rows)
         try:
             if self._file is None:
-                self._file = open(self._path, "a+b", buffering=0)
+                self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115 - open until close()
                 if self._file.seek(0, os.SEEK_END):
                     self._file.seek(-1, os.SEEK_END)
                     if self._file.read(1) != b"\n":
@@ -157,10 +159,8 @@ class _Background:
             self.problem = f"{self._name} fell {QUEUED_ROWS} rows behind and was switched off; metrics.jsonl has every row"
 
     def finish(self) -> None:
-        try:
+        with contextlib.suppress(queue.Full):  # join reports it
             self._queue.put_nowait(None)
-        except queue.Full:
-            pass  # join reports it
 
     def join(self, seconds: float) -> None:
         if self._thread.ident:
@@ -267,7 +267,12 @@ class _Wandb:
 def _release_wandb(seconds: float) -> None:
     """Take back wandb's exit hook, which waits for its service process without a limit: with an unreachable server
     that process now and then never ends, and the rank would hang on its way out."""
+
+    def release() -> None:
+        with contextlib.suppress(Exception):
+            sys.modules["wandb"].teardown()
+
     if "wandb" in sys.modules:
-        thread = threading.Thread(target=sys.modules["wandb"].teardown, daemon=True)
+        thread = threading.Thread(target=release, name="tracker-wandb-release", daemon=True)
         thread.start()
         thread.join(seconds)

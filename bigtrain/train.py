@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bigtrain_kernels.ops import resolve_backend
 
 from bigtrain import configfile
 from bigtrain.checkpoint import format
@@ -37,6 +36,7 @@ from bigtrain.runfolder import RunFolder
 from bigtrain.schedule import learning_rate_share
 from bigtrain.tasks import make_task
 from bigtrain.world import World
+from bigtrain_kernels.ops import resolve_backend
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -147,9 +147,7 @@ class Trainer:
             self.refuse(micro_batches, losses, grad_norm)
         self.follow()
         rate = share * self.config.optimizer.lr
-        return Step(
-            self.progress.step + 1, tokens, loss_sum, grad_norm, rate, time.perf_counter() - started, self.engine.loss_scale
-        )
+        return Step(self.progress.step + 1, tokens, loss_sum, grad_norm, rate, time.perf_counter() - started, self.engine.loss_scale)
 
     def agree(self, tokens: int) -> float:
         """The one small all-reduce of a step: target tokens of the global batch, the loss of the step before, and whether
@@ -205,7 +203,9 @@ class Trainer:
         for rank, positions in enumerate(self.world.gather(mine)):
             for first in positions:
                 found.append(f"rank {rank}, sequences {first} to {first + self.batch.micro_batch - 1}")
-        where = f"the loss is not finite on {'; '.join(found)}" if found else f"the gradient's norm is {grad_norm} while every loss is finite"
+        where = (
+            f"the loss is not finite on {'; '.join(found)}" if found else f"the gradient's norm is {grad_norm} while every loss is finite"
+        )
         raise RunError(f"step {self.progress.step + 1}: {where}. The step was not applied; {self._safe()}")
 
     def _safe(self) -> str:

@@ -48,7 +48,9 @@ class World:
             )
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-                raise UserError(f"port {variables['MASTER_PORT']} is in use on this machine: set another MASTER_PORT or launch.port") from None
+                raise UserError(
+                    f"port {variables['MASTER_PORT']} is in use on this machine: set another MASTER_PORT or launch.port"
+                ) from None
             first = str(error).splitlines()[0][:200]
             raise RunError(f"rank {rank} of {size} did not meet the others at {address} within {timeout:.0f} s: {first}") from None
         return cls(rank, size, local_rank, device, timeout)

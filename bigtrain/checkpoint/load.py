@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bigtrain_kernels.ops import resolve_backend
 from safetensors import SafetensorError, safe_open
 
 from bigtrain import configfile
@@ -19,6 +18,7 @@ from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.tokenizer import load as load_tokenizer
 from bigtrain.errors import RunError, UserError
 from bigtrain.model.transformer import Transformer
+from bigtrain_kernels.ops import resolve_backend
 
 if TYPE_CHECKING:  # it imports deepspeed, which evaluating and generating do without
     from bigtrain.checkpoint.state import Partition

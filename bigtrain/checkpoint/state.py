@@ -170,7 +170,8 @@ def publish(engine: Any) -> None:
 
 
 def link(engine: Any) -> None:
-    """Tell DeepSpeed's accessors of optimizer states that were created from outside."""
+    """Tell DeepSpeed's accessors of optimizer states that they do not know: those created from outside, and those of all
+    parameter groups but the first, which it links before they exist."""
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -106,9 +106,7 @@ def _write(data: Data, folder: Path, progress: Progress) -> None:
     info = TokenizerInfo(
         fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, mask_id=tokenizer.mask_id
     )
-    manifest = Manifest(
-        data=data.model_dump(include=set(PREPARATION)), duplicates=len(hashes) - len(order), tokenizer=info, splits=splits
-    )
+    manifest = Manifest(data=data.model_dump(include=set(PREPARATION)), duplicates=len(hashes) - len(order), tokenizer=info, splits=splits)
     (folder / MANIFEST).write_text(manifest.text(), encoding="utf-8")
 
 
@@ -232,7 +230,8 @@ class _Writer:
 
 class _HashedFile:
     def __init__(self, path: Path):
-        self.file, self.sha256 = open(path, "wb", buffering=1 << 20), hashlib.sha256()
+        self.file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 (it outlives this function; close() closes it)
+        self.sha256 = hashlib.sha256()
 
     def write(self, values: np.ndarray) -> None:
         self.file.write(values)

@@ -105,16 +105,19 @@ class Manifest(Section):
         return json.dumps({**self.model_dump(), "fingerprint": self.fingerprint}, indent=1) + "\n"
 
     def verify(self, folder: str | Path) -> None:
-        """Read every file and compare its checksum: UserError for the first that has changed. Reads all the data."""
+        """Read every file and compare its checksum: UserError for the first that has changed or cannot be read."""
         for name, split in self.splits.items():
             for file, (_, expected) in split.files(name).items():
-                with open(Path(folder) / file, "rb") as stream:
-                    found = hashlib.file_digest(stream, "sha256").hexdigest()
-                if found != expected:
-                    raise UserError(
-                        f"{Path(folder) / file}: has changed since it was prepared (sha256 {found}, expected {expected});"
-                        " copy it again or prepare the data again"
-                    )
+                path = Path(folder) / file
+                sha256 = hashlib.sha256()
+                try:
+                    with open(path, "rb") as stream:
+                        while block := stream.read(1 << 20):
+                            sha256.update(block)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again or prepare the data again") from None
+                if sha256.hexdigest() != expected:
+                    raise UserError(f"{path}: has changed since it was prepared; copy it again or prepare the data again")
 
 
 class TokenStore:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from bigtrain_kernels import ops
 from torch import Tensor, nn
 
 from bigtrain import config as schema
+from bigtrain_kernels import ops
 
 from .cache import KVCache
 

@@ -9,11 +9,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from bigtrain_kernels import ops
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain import config as schema
+from bigtrain_kernels import ops
 
 from .cache import KVCache
 from .layers import Block, Context, Embedding, Head, Norm
@@ -69,6 +69,8 @@ class Transformer(nn.Module):
         T = token_BT.shape[1]
         past = 0
         if cache is not None:
+            if document_BT is not None:
+                raise ValueError("a cache holds one document per row: give cache or document_BT, not both")
             cache.check(T)
             past = cache.filled
         if position_BT is None:

@@ -39,9 +39,9 @@
   // Mean under a Gaussian that narrows towards the first point, so that the steep start of a loss is not flattened.
   function smoothed(y) {
     const sigma = (view.smoothing / 100) ** 2 * 0.06 * y.length;
-    return y.map((_, i) => {
+    return y.map((value, i) => {
       const s = Math.min(sigma, i / 3);
-      if (s < 0.3) return y[i];
+      if (s < 0.3 || value === null) return value;
       let sum = 0, weights = 0;
       for (let j = Math.max(0, Math.floor(i - 3 * s)); j <= Math.min(y.length - 1, i + 3 * s); j++) {
         if (y[j] === null) continue;
@@ -266,7 +266,8 @@
         html("td", "", value === null ? "not finite" : write(value), row);
       }
       if (!withTip || !table.children.length) return;
-      tip.replaceChildren(html("div", "note", (view.axis === "step" ? "step " : view.axis === "tokens" ? "tokens " : "") + writeX(at)), table);
+      const what = { step: "step ", tokens: "tokens ", time: "" }[view.axis];
+      tip.replaceChildren(html("div", "note", what + writeX(at)), table);
       tip.hidden = false;
       const outer = figure.getBoundingClientRect(), inner = picture.getBoundingClientRect();
       const beside = inner.left - outer.left + p * (inner.width / width);

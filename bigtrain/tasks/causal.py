@@ -43,7 +43,7 @@ class Causal:
         if not count:
             raise ValueError("metrics of no targets")
         loss = loss_sum / count
-        metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        metrics = {"loss": loss, "perplexity": math.inf if loss > 700 else math.exp(loss)}
         if byte_count:
             metrics["bits_per_byte"] = loss_sum / math.log(2) / byte_count
         return metrics

@@ -27,8 +27,13 @@ def texts(tmp_path):
 def data(tmp_path):
     def make(**changes) -> Data:
         settings = dict(
-            source="text", path=str(tmp_path / "texts"), tokenizer="bytes", folder=str(tmp_path / "prepared"),
-            sequence_length=32, validation_fraction=0.2, shard_tokens=1000,
+            source="text",
+            path=str(tmp_path / "texts"),
+            tokenizer="bytes",
+            folder=str(tmp_path / "prepared"),
+            sequence_length=32,
+            validation_fraction=0.2,
+            shard_tokens=1000,
         )
         return Data(**{**settings, **changes})
 

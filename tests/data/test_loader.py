@@ -7,7 +7,6 @@ import torch
 
 from bigtrain.config import Batch
 from bigtrain.data.loader import Loader, evaluation_batches
-from bigtrain.data.shards import TokenStore
 from bigtrain.errors import UserError
 from bigtrain.tasks import make_task
 

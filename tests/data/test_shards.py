@@ -51,6 +51,9 @@ def test_verify_finds_a_flipped_bit(store, file):
     (store.folder / file).write_bytes(raw)
     with pytest.raises(UserError, match=f"{file}: has changed since it was prepared"):
         store.manifest.verify(store.folder)
+    (store.folder / file).unlink()
+    with pytest.raises(UserError, match=f"{file}: cannot be read .No such file"):
+        store.manifest.verify(store.folder)
 
 
 def test_no_manifest_is_named(tmp_path):

@@ -74,6 +74,7 @@ def test_causal_metrics():
     metrics = make_task(make_config(), INFO).metrics(loss_sum=80.0, count=40, byte_count=160)
     assert metrics == {"loss": 2.0, "perplexity": math.exp(2.0), "bits_per_byte": pytest.approx(0.5 / math.log(2))}
     assert make_task(make_config(), INFO).metrics(1e6, 1, 1)["perplexity"] == math.inf
+    assert math.isnan(make_task(make_config(), INFO).metrics(math.nan, 1, 1)["perplexity"])
     with pytest.raises(ValueError, match="no targets"):
         make_task(make_config(), INFO).metrics(0.0, 0, 0)
 

@@ -1,0 +1,278 @@
+"""Shapes and weights from and to Hugging Face: Llama, GPT-2 and BERT (masked language model), by explicit name maps.
+
+Where a tensor is shared (a tied head, BERT's two names for the vocabulary's bias), the state dict that goes out names it
+once, as safetensors files of transformers do.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bigtrain.config import Model
+from bigtrain.errors import UserError
+
+from .transformer import parameter_shapes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    fields: dict[str, Any]
+    """What the fields of our config must be; everything else may vary."""
+    modules: dict[str, str]
+    """Our module, or parameter, -> theirs; {} is the layer."""
+    ignore: str = "$^"
+    """Regular expression of their names that hold no weight of their own: buffers, and second names of shared tensors."""
+
+
+LLAMA = Family(
+    fields=dict(
+        causal=True, norm="rmsnorm", norm_position="pre", positions="rope", mlp="swiglu", embedding_norm=False, token_types=0, head="linear",
+        dropout=0.0,
+    ),
+    modules={
+        "embedding": "model.embed_tokens",
+        "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
+        "layers.{}.attention.q": "model.layers.{}.self_attn.q_proj",
+        "layers.{}.attention.k": "model.layers.{}.self_attn.k_proj",
+        "layers.{}.attention.v": "model.layers.{}.self_attn.v_proj",
+        "layers.{}.attention.o": "model.layers.{}.self_attn.o_proj",
+        "layers.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "layers.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
+        "layers.{}.mlp.up": "model.layers.{}.mlp.up_proj",
+        "layers.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+        "final_norm": "model.norm",
+        "head": "lm_head",
+    },
+    ignore=r".*rotary_emb\.inv_freq",
+)  # fmt: skip
+
+# The query, key and value projections are one tensor there, c_attn, and matrices are stored transposed: see _unfuse.
+GPT2 = Family(
+    fields=dict(
+        causal=True, norm="layernorm", norm_position="pre", positions="learned", attention_bias=True, mlp_bias=True, embedding_norm=False,
+        token_types=0, head="linear",
+    ),
+    modules={
+        "embedding": "transformer.wte",
+        "positions": "transformer.wpe",
+        "layers.{}.attention_norm": "transformer.h.{}.ln_1",
+        "layers.{}.attention.q": "transformer.h.{}.attn.q",
+        "layers.{}.attention.k": "transformer.h.{}.attn.k",
+        "layers.{}.attention.v": "transformer.h.{}.attn.v",
+        "layers.{}.attention.o": "transformer.h.{}.attn.c_proj",
+        "layers.{}.mlp_norm": "transformer.h.{}.ln_2",
+        "layers.{}.mlp.up": "transformer.h.{}.mlp.c_fc",
+        "layers.{}.mlp.down": "transformer.h.{}.mlp.c_proj",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    ignore=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
+)  # fmt: skip
+
+BERT = Family(
+    fields=dict(
+        causal=False, norm="layernorm", norm_position="post", positions="learned", mlp="gelu", attention_bias=True, mlp_bias=True,
+        embedding_norm=True, head="transform", tied_embeddings=True,
+    ),
+    modules={
+        "embedding": "bert.embeddings.word_embeddings",
+        "positions": "bert.embeddings.position_embeddings",
+        "token_types": "bert.embeddings.token_type_embeddings",
+        "embedding_norm": "bert.embeddings.LayerNorm",
+        "layers.{}.attention.q": "bert.encoder.layer.{}.attention.self.query",
+        "layers.{}.attention.k": "bert.encoder.layer.{}.attention.self.key",
+        "layers.{}.attention.v": "bert.encoder.layer.{}.attention.self.value",
+        "layers.{}.attention.o": "bert.encoder.layer.{}.attention.output.dense",
+        "layers.{}.attention_norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
+        "layers.{}.mlp.up": "bert.encoder.layer.{}.intermediate.dense",
+        "layers.{}.mlp.down": "bert.encoder.layer.{}.output.dense",
+        "layers.{}.mlp_norm": "bert.encoder.layer.{}.output.LayerNorm",
+        "head.transform": "cls.predictions.transform.dense",
+        "head.norm": "cls.predictions.transform.LayerNorm",
+        "head": "cls.predictions",  # the bias; the weight is the embedding's
+    },
+    ignore=r"bert\.embeddings\.(position_ids|token_type_ids)|cls\.predictions\.decoder\.(weight|bias)",
+)  # fmt: skip
+
+FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "bert": BERT}
+GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
+
+
+def family_of(config: Model) -> str:
+    """The Hugging Face family that has the shape of `config`; UserError where none has."""
+    differs = {}
+    for name, family in FAMILIES.items():
+        differs[name] = [f"{key} {getattr(config, key)}, not {value}" for key, value in family.fields.items() if getattr(config, key) != value]
+    if config.kv_heads_ != config.heads:
+        for name in ("gpt2", "bert"):
+            differs[name].append(f"kv_heads {config.kv_heads}, not {config.heads}")
+    if config.head_dim_ * config.heads != config.width:
+        for name in ("gpt2", "bert"):
+            differs[name].append(f"head_dim {config.head_dim_}, not width / heads")
+    if config.mlp not in GELU.values():
+        differs["gpt2"].append(f"mlp {config.mlp}")
+    if config.token_types == 0:
+        differs["bert"].append("token_types 0")
+    name = min(differs, key=lambda family: len(differs[family]))
+    if differs[name]:
+        raise UserError(f"no Hugging Face model has this shape; the nearest is {name}, but model has {'; '.join(differs[name])}")
+    return name
+
+
+def config_from_hf(hf: PretrainedConfig) -> Model:
+    """Our config of a Hugging Face Llama, GPT-2 or BERT. Raises UserError for what this model cannot compute.
+
+    Dropout is their dropout on the residual stream; we have none on attention probabilities.
+    """
+
+    def need(key: str, *allowed: Any) -> Any:
+        value = getattr(hf, key, allowed[0])
+        if value not in allowed:
+            raise UserError(f"Hugging Face config: {key} is {value!r}; supported: {', '.join(map(repr, allowed))}")
+        return value
+
+    family = need("model_type", *FAMILIES)
+    fields = dict(FAMILIES[family].fields, vocab_size=hf.vocab_size, init_std=hf.initializer_range)
+    if family == "llama":
+        rope = hf.rope_parameters
+        if rope.get("rope_type", "default") != "default":
+            raise UserError(f"Hugging Face config: rope_parameters.rope_type is {rope['rope_type']!r}; supported: 'default' (no scaling)")
+        need("hidden_act", "silu", "swish")
+        fields |= dict(
+            layers=hf.num_hidden_layers, width=hf.hidden_size, heads=hf.num_attention_heads, kv_heads=hf.num_key_value_heads,
+            head_dim=hf.head_dim, mlp_width=hf.intermediate_size, max_positions=hf.max_position_embeddings, norm_eps=hf.rms_norm_eps,
+            rope_theta=float(rope["rope_theta"]), attention_bias=hf.attention_bias, mlp_bias=hf.mlp_bias, tied_embeddings=hf.tie_word_embeddings,
+        )  # fmt: skip
+    elif family == "gpt2":
+        need("scale_attn_weights", True)
+        need("scale_attn_by_inverse_layer_idx", False)
+        need("add_cross_attention", False)
+        fields |= dict(
+            layers=hf.n_layer, width=hf.n_embd, heads=hf.n_head, mlp_width=hf.n_inner or 4 * hf.n_embd, max_positions=hf.n_positions,
+            norm_eps=hf.layer_norm_epsilon, mlp=GELU[need("activation_function", *GELU)], dropout=hf.resid_pdrop,
+            tied_embeddings=hf.tie_word_embeddings,
+        )  # fmt: skip
+    else:
+        need("hidden_act", "gelu")
+        need("is_decoder", False)
+        need("tie_word_embeddings", True)
+        need("position_embedding_type", "absolute")
+        fields |= dict(
+            layers=hf.num_hidden_layers, width=hf.hidden_size, heads=hf.num_attention_heads, mlp_width=hf.intermediate_size,
+            max_positions=hf.max_position_embeddings, norm_eps=hf.layer_norm_eps, token_types=hf.type_vocab_size, dropout=hf.hidden_dropout_prob,
+        )  # fmt: skip
+    return Model(**fields)
+
+
+def config_to_hf(config: Model, vocab_size: int) -> PretrainedConfig:
+    """The Hugging Face config of a model of this shape; UserError where none exists."""
+    from transformers import BertConfig, GPT2Config, LlamaConfig
+
+    family = family_of(config)
+    common = dict(vocab_size=vocab_size, initializer_range=config.init_std, tie_word_embeddings=config.tied_embeddings)
+    if family == "gpt2":
+        hf_activation = {ours: theirs for theirs, ours in reversed(GELU.items())}
+        return GPT2Config(
+            n_layer=config.layers, n_embd=config.width, n_head=config.heads, n_inner=config.mlp_width, n_positions=config.max_positions,
+            layer_norm_epsilon=config.norm_eps, activation_function=hf_activation[config.mlp], resid_pdrop=config.dropout,
+            embd_pdrop=config.dropout, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, **common,
+        )  # fmt: skip
+    common |= dict(
+        num_hidden_layers=config.layers, hidden_size=config.width, num_attention_heads=config.heads, intermediate_size=config.mlp_width,
+        max_position_embeddings=config.max_positions,
+    )  # fmt: skip
+    if family == "bert":
+        return BertConfig(
+            layer_norm_eps=config.norm_eps, type_vocab_size=config.token_types, hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=0.0, **common,
+        )  # fmt: skip
+    return LlamaConfig(
+        num_key_value_heads=config.kv_heads_, head_dim=config.head_dim_, rms_norm_eps=config.norm_eps, attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, bos_token_id=None,
+        eos_token_id=None, **common,
+    )  # fmt: skip
+
+
+def state_from_hf(hf_state: dict[str, Tensor], config: Model) -> dict[str, Tensor]:
+    """A Hugging Face state dict (of the model with its language-model head) under our names, for a `Transformer` of `config`.
+
+    Raises UserError that names what is missing, left over or of another shape.
+    """
+    name = family_of(config)
+    family = FAMILIES[name]
+    theirs = _unfuse(hf_state) if name == "gpt2" else dict(hf_state)
+    table = _hf_name("embedding.weight", family)
+    if table not in theirs:
+        raise UserError(f"Hugging Face weights: no {table}; expected the state dict of a {name} model with its language-model head")
+    ours, problems = {}, []
+    for key, shape in parameter_shapes(config, theirs[table].shape[0]).items():
+        tensor = theirs.pop(_hf_name(key, family), None)
+        if tensor is None:
+            problems.append(f"{_hf_name(key, family)} is missing")
+        elif tensor.shape != shape:
+            problems.append(f"{_hf_name(key, family)} has shape {list(tensor.shape)}, the config says {list(shape)}")
+        else:
+            ours[key] = tensor
+    if config.tied_embeddings:
+        theirs.pop("lm_head.weight", None)
+    problems += [f"{key} has no place in this model" for key in theirs if not re.fullmatch(family.ignore, key)]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"Hugging Face weights do not fit this {name} config: {'; '.join(problems[:4])}{more}")
+    return ours
+
+
+def state_to_hf(state: dict[str, Tensor], config: Model) -> dict[str, Tensor]:
+    """Our state dict under Hugging Face's names; UserError where no family has this shape."""
+    name = family_of(config)
+    theirs = {_hf_name(key, FAMILIES[name]): tensor for key, tensor in state.items()}
+    return _fuse(theirs) if name == "gpt2" else theirs
+
+
+def _hf_name(key: str, family: Family) -> str:
+    module, _, leaf = key.rpartition(".")
+    layer = re.match(r"layers\.(\d+)\.", module)
+    template = re.sub(r"^layers\.\d+", "layers.{}", module)
+    return f"{family.modules[template].format(*layer.groups() if layer else ())}.{leaf}"
+
+
+_CONV1D = re.compile(r"(.*\.h\.\d+\.(?:attn|mlp)\.(?:q|k|v|c_attn|c_proj|c_fc))\.(weight|bias)")
+
+
+def _unfuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's Conv1D ([in, out]) as linear weights ([out, in]), and c_attn as q, k and v."""
+    out = {}
+    for key, tensor in state.items():
+        match = _CONV1D.fullmatch(key)
+        if match is None:
+            out[key] = tensor
+            continue
+        tensor = tensor.t().contiguous() if match[2] == "weight" else tensor
+        if match[1].endswith("c_attn"):
+            out |= {f"{match[1].removesuffix('c_attn')}{p}.{match[2]}": t.clone() for p, t in zip("qkv", tensor.chunk(3), strict=True)}
+        else:
+            out[key] = tensor
+    return out
+
+
+def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `_unfuse`."""
+    out = {}
+    for key, tensor in state.items():
+        match = _CONV1D.fullmatch(key)
+        if match is None:
+            out[key] = tensor
+        elif match[1].endswith(".q"):
+            parts = torch.cat([state[f"{match[1][:-1]}{p}.{match[2]}"] for p in "qkv"])
+            out[f"{match[1][:-1]}c_attn.{match[2]}"] = parts.t().contiguous() if match[2] == "weight" else parts
+        elif not match[1].endswith((".k", ".v")):
+            out[key] = tensor.t().contiguous() if match[2] == "weight" else tensor
+    return out
