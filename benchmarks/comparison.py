@@ -107,17 +107,18 @@ def tables(found: list[dict[str, Any]], place: str, work: str) -> Iterator[Rende
     """What to print of each summary. `place` says what the ranks share, `work` what every variant did."""
     for cell in found:
         ranks = f"{cell['ranks']} rank{'s' if cell['ranks'] > 1 else ''}"
-        table = Table("variant", title=f"{cell['dtype']}, {ranks} on {place}", title_justify="left", caption_justify="left")
+        table = Table(title=f"{cell['dtype']}, {ranks} on {place}", title_justify="left", caption_justify="left")
+        table.add_column("variant", no_wrap=True)
         for title in ("tokens/s", "peak GiB of a rank", "s to first step"):
             table.add_column(title, justify="right", no_wrap=True)
         for variant, row in cell["variants"].items():
             forms = {"tokens_per_s": "{:,.0f}", "memory_gib": "{:.2f}", "first_step_s": "{:.1f}"}
             below = {name: "" if variant == "bigtrain" else "\n" + spread(row["ratios"][name]) for name in forms}
             table.add_row(variant, *(form.format(row[name]) + below[name] for name, form in forms.items()))
+        quotable = "." if cell["cores_elsewhere"] <= UNDISTURBED else ": these numbers are not to be quoted."
         table.caption = (
-            f"Measured: {work}. Medians of {cell['rounds']} rounds of {cell['steps']} steps. Below a figure: bigtrain's divided by it,"
-            f" median (and range) of the rounds. Other processes took up to {cell['cores_elsewhere']:.2f} cores"
-            + (": these numbers are not to be quoted." if cell["cores_elsewhere"] > UNDISTURBED else ".")
+            f"Measured: {work}. Medians of {cell['steps']} steps, then of the rounds ({cell['rounds']}). Below a figure: bigtrain's divided"
+            f" by it, median (and range) of the rounds. Other processes took up to {cell['cores_elsewhere']:.2f} cores{quotable}"
         )
         goals = Table.grid(padding=(0, 2))
         for goal in cell["goals"]:
@@ -127,4 +128,4 @@ def tables(found: list[dict[str, Any]], place: str, work: str) -> Iterator[Rende
 
 
 def spread(found: dict[str, float] | None) -> str:
-    return "{median:.2f} ({min:.2f}–{max:.2f})".format(**found) if found else ""
+    return "{median:.3f} ({min:.2f}–{max:.2f})".format(**found) if found else ""

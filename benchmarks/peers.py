@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,11 @@ class Sequences(torch.utils.data.Dataset):
 
 
 def batches(work: Work) -> Iterator[tuple[Tensor, Tensor]]:
-    """`train.steps` batches of (token_BT, target_BT) for this rank, on its device."""
+    """`train.steps` batches of (token_BT, target_BT) for this rank, on its device; the data begins again where it ends."""
     data = Sequences(work)
     sampler = torch.utils.data.DistributedSampler(data, RANKS, RANK)
     loader = torch.utils.data.DataLoader(data, work["train"]["micro_batch"], sampler=sampler, drop_last=True)
-    for _, (token_BT, target_BT) in zip(range(work["train"]["steps"]), loader):
+    for token_BT, target_BT in islice(chain.from_iterable(repeat(loader)), work["train"]["steps"]):
         yield token_BT.to(device(work)), target_BT.to(device(work))
 
 

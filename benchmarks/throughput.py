@@ -29,6 +29,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from comparison import Measurement, summaries, tables
+from processes import run
+from rich.console import Console
+
 from bigtrain import __version__, configfile, opbuild
 from bigtrain.config import Config, batch_arithmetic
 from bigtrain.data.shards import Manifest
@@ -37,9 +41,6 @@ from bigtrain.errors import DONE, FAILURE, BigtrainError, RunError, UserError
 from bigtrain.hardware import Hardware, look
 from bigtrain.runfolder import RunFolder, latest_rows, write_atomically
 from bigtrain_launch.local import free_port
-from comparison import Measurement, summaries, tables
-from processes import run
-from rich.console import Console
 
 HERE = Path(__file__).parent
 WORK = HERE / "throughput.yaml"
@@ -259,7 +260,7 @@ def show(bench: Bench, found: list[dict[str, Any]]) -> None:
         f"the same decoder ({model.layers} layers, {model.width} wide, vocabulary {model.vocab_size:,}),"
         f" {train.micro_batch} x {config.data.sequence_length} tokens a rank and step, AdamW, clipping"
     )
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     for table in tables(found, place, done):
         console.print(table)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,14 @@ for name, group in (("config", config_app), ("data", data_app), ("checkpoint", c
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that win over the file's.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or one of its checkpoints.")]
-Weights = Annotated[str, typer.Option(help="model: as trained; ema: their moving average.")]
+
+
+class Kind(str, Enum):
+    model = "model"
+    ema = "ema"
+
+
+Weights = Annotated[Kind, typer.Option(help="As trained, or their moving average.")]
 
 
 @app.command()
@@ -87,8 +95,8 @@ def train(
 @app.command()
 def evaluate(
     run: RunPath,
-    weights: Weights = "model",
-    sequences: Annotated[int | None, typer.Option(help="Held-out sequences; left out: all.")] = None,
+    weights: Weights = Kind.model,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Held-out sequences; left out: all.")] = None,
 ) -> None:
     """Loss, perplexity and bits per byte of a run's newest checkpoint on its held-out data."""
     import json
@@ -101,7 +109,7 @@ def evaluate(
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("evaluating", total=sequences)
-        metrics = evaluate_run(run, weights, device, dtype, sequences, lambda done: bar.update(task, completed=done))
+        metrics = evaluate_run(run, weights.value, device, dtype, sequences, lambda done: bar.update(task, completed=done))
     print(json.dumps(metrics))
 
 
@@ -114,15 +122,15 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Keep the likeliest tokens that sum to p.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    weights: Weights = "model",
+    weights: Weights = Kind.model,
 ) -> None:
     """Continue a prompt with a run's newest checkpoint, as it is written."""
     device, dtype = _device()
-    from bigtrain.checkpoint.load import find, restore
+    from bigtrain.checkpoint.load import restore
     from bigtrain.config import Generate
     from bigtrain.generate import generate as write
 
-    restored = restore(find(run), weights, device, dtype)
+    restored = restore(run, weights.value, device, dtype)
     settings = Generate(tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     print(prompt, end="", flush=True)
     for piece in write(restored.model, restored.tokenizer, prompt, settings, device):

@@ -48,6 +48,9 @@ class Engine:
         self._plain = self._base is self.deepspeed.optimizer
         if hasattr(self.deepspeed.optimizer, "fp32_groups"):
             _undo_first_step(self.deepspeed.optimizer)
+        # DeepSpeed's stage-0 optimizer divides fp16 gradients by the loss scale, but its engine multiplies the loss at
+        # stages 1 to 3 only.
+        self._unscaled = config.zero.stage == 0 and precision == "fp16"
 
     @property
     def module(self) -> nn.Module:
@@ -63,6 +66,8 @@ class Engine:
         The loss arrives divided by the token count of the whole global batch; DeepSpeed will average over ranks, so it
         is multiplied by their number here, and DeepSpeed's division by the accumulation steps is off.
         """
+        if self._unscaled:
+            loss = loss * self.loss_scale
         self.deepspeed.backward(loss * self._world.size, scale_wrt_gas=False)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # only counts the micro-batch
@@ -79,9 +84,10 @@ class Engine:
             if not math.isfinite(norm):
                 self.module.zero_grad(set_to_none=True)
                 return norm, False
+        scale = self.loss_scale if self._unscaled else 1.0
         self.deepspeed.step()
         if not self._plain:
-            norm = float(self.deepspeed.get_global_grad_norm())
+            norm = float(self.deepspeed.get_global_grad_norm()) / scale
         return norm, not getattr(self.deepspeed.optimizer, "overflow", False)
 
     @contextlib.contextmanager
@@ -97,7 +103,7 @@ class Engine:
     @property
     def loss_scale(self) -> float | None:
         """Current loss scale of fp16; None in the other precisions."""
-        return float(self.deepspeed.optimizer.cur_scale) if self._precision == "fp16" else None
+        return float(self.deepspeed.optimizer.loss_scale) if self._precision == "fp16" else None
 
 
 def _undo_first_step(optimizer: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bigtrain.checkpoint.load import find, restore
+from bigtrain.checkpoint.load import restore
 from bigtrain.config import Batch, Config
 from bigtrain.data.loader import evaluation_batches
 from bigtrain.data.shards import TokenStore
@@ -48,7 +48,7 @@ def evaluate_run(
     `kind` is "model" or "ema"; `sequences` limits the held-out sequences, None: all. `progress` gets the number of sequences done.
     Raises UserError when the run has no checkpoint or its data is gone or has changed.
     """
-    restored = restore(find(path), kind, device, dtype)
+    restored = restore(path, kind, device, dtype)
     config: Config = restored.config.model_copy(update={"evaluate": restored.config.evaluate.model_copy(update={"sequences": sequences})})
     store = TokenStore(config.data.folder, "validation")
     if store.manifest.fingerprint != restored.state["data"]:

@@ -26,14 +26,14 @@ class RankOutput:
 
     def attach(self, log: Path) -> None:
         """Continue in `log`, with what was kept aside first."""
-        early, self._early = self._early, None
         with open(log, "ab", buffering=0) as file:
             sys.stdout.flush()
             sys.stderr.flush()
-            early.seek(0)
-            file.write(early.read())
+            self._early.seek(0)
+            file.write(self._early.read())
             self._redirect(file.fileno())
-        early.close()
+        self._early.close()
+        self._early = None
         faulthandler.enable()
 
     def unlogged(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -11,6 +12,7 @@ import torch
 # Dense bf16/fp16 tensor-core peaks in TFLOP/s, from the vendors' data sheets (without sparsity).
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0,
+    "NVIDIA H200 NVL": 835.0,
     "NVIDIA H200": 989.0,
     "NVIDIA H100 NVL": 835.0,
     "NVIDIA H100 PCIe": 756.0,
@@ -49,7 +51,7 @@ def peak_tflops(name: str, precision: str, device: torch.device) -> tuple[float,
     """
     if device.type == "cuda" and precision != "fp32":
         for known, peak in PEAK_TFLOPS.items():
-            if name.startswith(known):
+            if re.match(rf"{known}(?![A-Za-z0-9])(?!.*MIG)", name):  # an L40 is no L4, and a slice of a GPU is not the GPU
                 return peak, f"data sheet of {known}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     n = 8192 if device.type == "cuda" else 1024

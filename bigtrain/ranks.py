@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bigtrain.errors import UserError
+
 
 def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
     """The rank variables that a launcher has set, under torchrun's names, or None when nothing launched this process.
 
     bigtrain's own launcher, torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK; srun sets SLURM_PROCID.
     A Slurm batch script sees SLURM_PROCID too; only a task that srun started has a number for SLURM_STEP_ID.
+    Raises UserError for a variable that should be a number and is not.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return {
+        found = {
             "RANK": environment["RANK"],
             "WORLD_SIZE": environment["WORLD_SIZE"],
             "LOCAL_RANK": environment.get("LOCAL_RANK", "0"),
             "MASTER_ADDR": environment.get("MASTER_ADDR", ""),
             "MASTER_PORT": environment.get("MASTER_PORT", "29500"),
         }
-    if environment.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environment:
+    elif environment.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environment:
         job = environment.get("SLURM_JOB_ID", "0")
-        return {
+        found = {
             "RANK": environment["SLURM_PROCID"],
             "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
             "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
@@ -29,4 +32,11 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
             # Below the ephemeral range, and the same on every node without asking anyone.
             "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job) % 10000),
         }
-    return None
+    else:
+        return None
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not found[name].isdecimal():
+            raise UserError(f"{name}: expected a whole number from the launcher, found {found[name]!r}; start the ranks with a launcher")
+    if not int(found["RANK"]) < int(found["WORLD_SIZE"]):
+        raise UserError(f"RANK: {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}; start the ranks with a launcher")
+    return found

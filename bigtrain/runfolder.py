@@ -8,7 +8,7 @@
         attempts/1/attempt.json         who ran, when, how it ended
         attempts/1/environment.json     versions, hardware, git commit, DeepSpeed config
         attempts/1/logs/rank-00000.log  everything that the rank, torch and DeepSpeed printed
-        tensorboard/  report.html
+        tensorboard/  report.html  .lock
 
 An attempt is one start of the run's processes; a resumed run has several. Rows are only ever appended, so a step that
 was repeated after a resume has a row of each attempt: readers keep the latest attempt's.
@@ -16,10 +16,12 @@ was repeated after a resume has a row of each attempt: readers keep the latest a
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class RunFolder:
@@ -41,7 +43,7 @@ class RunFolder:
     def attempts(self) -> list[int]:
         """Numbers of the attempts so far, oldest first."""
         folder = self.path / "attempts"
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
 
     def attempt(self, number: int) -> Path:
         return self.path / "attempts" / str(number)
@@ -55,6 +57,20 @@ class RunFolder:
                 return number
             except FileExistsError:
                 number += 1
+
+    def lock(self) -> TextIO | None:
+        """Keep other processes from training this run for as long as the returned file is open; None when one already does.
+
+        The system gives the lock back however this process ends. A file system that knows no locks does not protect.
+        """
+        file = open(self.path / ".lock", "a")  # noqa: SIM115 (the caller's, for as long as it trains)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.close()
+                return None
+        return file
 
     def log(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / "logs" / f"rank-{rank:05d}.log"
@@ -79,12 +95,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
 

@@ -25,7 +25,7 @@ def learning_rate_share(config: Config, step: int) -> float:
         return math.sqrt(max(1, warmup) / (step + 1))
     if schedule.name == "wsd":
         decay = wsd_decay_steps(config)
-        progress = (step - (steps - decay)) / max(1, decay - 1) if step >= steps - decay else 0.0
+        progress = max(0, step + 1 - (steps - decay)) / decay
     else:
         progress = (step - warmup) / max(1, steps - 1 - warmup)
     progress = min(1.0, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 from bigtrain import __version__
 from bigtrain.config import Batch, Config, batch_arithmetic
 from bigtrain.deepspeed_config import derive
-from bigtrain.errors import DONE, FAILURE, AlreadyDone, BigtrainError, RunError, UserError
+from bigtrain.errors import DONE, FAILURE, STOPPED, AlreadyDone, BigtrainError, RunError, UserError
 from bigtrain.hardware import Hardware, choose_precision
 from bigtrain.logs import RankOutput
 from bigtrain.metrics import peak_memory_gib, peak_tflops
@@ -33,20 +34,24 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
     """Train as one rank of a run and return the exit code. What went wrong is on the screen, and in the rank's log."""
     screen = Screen(output.screen)
     attempt: Attempt | None = None
-    rank = 0
+    rank, alone = int(os.environ["RANK"]), True
     code, reason = DONE, "done"
     try:
         world = World.join("cpu" if hardware.kind == "cpu" else "cuda", config.launch.timeout)
-        rank = world.rank
+        rank, alone = world.rank, False
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # until the trainer answers them, they end a start as Ctrl-C does
+            signal.signal(number, signal.default_int_handler)
         config, attempt, checkpoint = _decide(config, world, new)
         output.attach(attempt.run.log(attempt.number, rank))
         _train(config, hardware, world, attempt, checkpoint, screen)
     except BigtrainError as error:
         code, reason = error.code, str(error)
-        if rank == 0:
+        if rank == 0 or (alone and isinstance(error, RunError)):  # else rank 0 says the same
             screen.close()
             output.screen.write(f"bigtrain: {reason}\n")
         print(f"bigtrain: {reason}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code, reason = STOPPED, "stopped on request before the first step; the same command starts again"
     except Exception as error:  # a bug, or a fault of torch or DeepSpeed: the whole story is in the log
         code, reason = FAILURE, f"{type(error).__name__}: {error}"
         traceback.print_exc()
@@ -76,8 +81,9 @@ def _report(run: RunFolder, screen: TextIO) -> None:
 class Attempt:
     """The record of one start of the run's processes; rank 0 writes it."""
 
-    def __init__(self, run: RunFolder, number: int):
+    def __init__(self, run: RunFolder, number: int, lock: TextIO | None = None):
         self.run, self.number = run, number
+        self._lock = lock  # open for as long as this record: no other process trains the run
         self._facts: dict[str, Any] = {"attempt": number}
 
     def begin(self, ranks: int) -> None:
@@ -100,18 +106,19 @@ class Attempt:
 def _decide(config: Config, world: World, new: bool) -> tuple[Config, Attempt, Path | None]:
     """Rank 0 looks at the data and the run's folder; all ranks get its config, its attempt, and what to resume from."""
     decision: dict[str, Any] = {}
+    attempt: Attempt | None = None
     if world.first:
         try:
             config = with_data(new_name(config) if new else config)
             start = open_run(config)
             if start.done:
                 raise AlreadyDone(complete(start))
-            create(config, start.run)
-            number = start.run.start_attempt()
-            Attempt(start.run, number).begin(world.size)
+            lock = create(config, start.run)
+            attempt = Attempt(start.run, start.run.start_attempt(), lock)
+            attempt.begin(world.size)
             decision = {
                 "config": config.model_dump(),
-                "attempt": number,
+                "attempt": attempt.number,
                 "checkpoint": str(start.checkpoints[-1]) if start.checkpoints else None,
             }
         except BigtrainError as error:
@@ -125,7 +132,7 @@ def _decide(config: Config, world: World, new: bool) -> tuple[Config, Attempt, P
     config = Config.model_validate(decision["config"])
     run = RunFolder(Path(config.run.folder) / config.run.name)
     checkpoint = decision["checkpoint"]
-    return config, Attempt(run, decision["attempt"]), Path(checkpoint) if checkpoint else None
+    return config, attempt or Attempt(run, decision["attempt"]), Path(checkpoint) if checkpoint else None
 
 
 def _train(config: Config, hardware: Hardware, world: World, attempt: Attempt, checkpoint: Path | None, screen: Screen) -> None:
@@ -227,13 +234,15 @@ def _git_commit() -> str | None:
 
 def _header(facts: dict[str, Any], config: Config, batch: Batch, attempt: Attempt, checkpoint: Path | None) -> dict[str, str]:
     model, hardware = config.model, facts["hardware"]
-    tokens = batch.global_batch * config.data.sequence_length
+    tokens, steps = batch.global_batch * config.data.sequence_length, config.train.steps
+    size = f"{facts['parameters'] / 1e6:,.1f} M parameters"
+    offloaded = ", optimizer offloaded" if config.zero.offload_optimizer else ""
     device = f"{facts['ranks']} ranks, {hardware['name']}" if facts["ranks"] > 1 else f"1 rank, {hardware['name']}"
     return {
-        "model": f"{facts['parameters'] / 1e6:,.1f} M parameters: {model.layers} layers, {model.width} wide, vocabulary {model.vocab_size:,}",
-        "data": f"{config.data.folder}, {tokens:,} tokens a step, {config.train.steps * tokens / 1e6:,.1f} M in {config.train.steps:,} steps",
-        "batch": f"{batch.global_batch} sequences of {config.data.sequence_length}: {batch.micro_batch} a rank, {batch.accumulation} passes",
-        "training": f"{config.optimizer.name}, ZeRO stage {config.zero.stage}{', optimizer offloaded' if config.zero.offload_optimizer else ''}",
+        "model": f"{size}: {model.layers} layers, {model.width} wide, vocabulary {model.vocab_size:,}",
+        "data": f"{config.data.folder}, {tokens:,} tokens a step, {steps * tokens / 1e6:,.1f} M in {steps:,} steps",
+        "batch": f"{batch.global_batch} sequences of {config.data.sequence_length}: {batch.micro_batch} a rank, {batch.accumulation} times",
+        "training": f"{config.optimizer.name}, ZeRO stage {config.zero.stage}{offloaded}",
         "precision": f"{facts['precision']} ({facts['precision_reason']})",
         "hardware": f"{device}; peak {facts['peak_tflops']:,.2f} TFLOP/s in all ({facts['peak_source']})",
         "run": f"{attempt.run.path}, attempt {attempt.number}" + (f", resuming {checkpoint.name}" if checkpoint else ""),

@@ -6,14 +6,17 @@ when another launcher started it.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 from bigtrain import configfile
 from bigtrain.checkpoint import format
 from bigtrain.config import MAY_DIFFER_ON_RESUME, Config, differences
-from bigtrain.data.shards import TokenStore
-from bigtrain.errors import UserError
+from bigtrain.data import tokenizer as tokenizers
+from bigtrain.data.shards import TOKENIZER, TokenStore
+from bigtrain.errors import RunError, UserError
 from bigtrain.runfolder import RunFolder, write_atomically
 
 VOCAB_MULTIPLE = 64  # rows of the embedding: a multiple of the tensor cores' tile
@@ -30,42 +33,89 @@ class Start:
     @property
     def done(self) -> bool:
         """The run has reached its end: nothing is left to train."""
-        return bool(self.checkpoints) and format.read_json(self.checkpoints[-1] / "state.json")["done"]
+        if not self.checkpoints:
+            return False
+        path = self.checkpoints[-1] / "state.json"
+        try:
+            return bool(format.read_json(path)["done"])
+        except (KeyError, TypeError):
+            raise RunError(f"{path}: damaged; remove its folder, and an earlier checkpoint is used") from None
 
 
 def with_data(config: Config) -> Config:
     """`config` with the vocabulary size that its prepared data implies, checked against the data.
 
-    Raises UserError when the data is not there, is too short, or holds tokens that the model has no row for.
+    Raises UserError when the data is not there, is too short, or holds tokens that the model has no row for, and for
+    prompts that the model could not continue.
     """
-    store, held_out = (TokenStore(config.data.folder, split) for split in ("train", "validation"))
-    length = config.data.sequence_length
-    for split, tokens in (("training", store), ("validation", held_out)):
-        if tokens.sequences(length) < 1:
-            raise UserError(
-                f"data.sequence_length: {length} is longer than the {split} split of {config.data.folder}, {len(tokens):,} tokens;"
-                " shorten it, or prepare more data"
-            )
+    stores = [TokenStore(config.data.folder, split) for split in ("train", "validation")]
     if config.model.vocab_size is None:
-        rows = -(-store.manifest.tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        rows = -(-stores[0].manifest.tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": rows})})
-    store.check_model(config.model.vocab_size)
-    held_out.check_model(config.model.vocab_size)
+    for store in stores:
+        store.sequences(config.data.sequence_length)
+        store.check_model(config.model.vocab_size)
+    if config.generate.prompts:
+        _check_prompts(config)
     return config
 
 
+def _check_prompts(config: Config) -> None:
+    """Refuse now what would end the run at its first evaluation."""
+    if not config.model.causal:
+        raise UserError("generate.prompts: an encoder (model.causal: false) does not continue text; remove them")
+    tokenizer = tokenizers.load(Path(config.data.folder) / TOKENIZER)
+    for prompt in config.generate.prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"generate.prompts: {prompt!r} is not text that UTF-8 can hold; remove the broken character") from None
+        tokens, room = 1 + len(tokenizer.encode(prompt)), config.model.max_positions  # the end-of-document token comes first
+        if tokens >= room:
+            raise UserError(f"generate.prompts: {prompt[:40]!r} is {tokens} tokens long, the model has {room} positions; shorten it")
+
+
 def open_run(config: Config) -> Start:
-    """Look at the run's folder. Raises UserError when it holds a run of another config, naming the differences."""
+    """Look at the run's folder. Raises UserError when it holds a run of another config, naming the differences, and when a
+    new run's `init.checkpoint` is of another model."""
     run = RunFolder(Path(config.run.folder) / config.run.name)
     if not run.config.is_file():
+        if format.checkpoints(run.checkpoints):
+            raise UserError(f"{run.config}: missing beside the checkpoints of a run; bring it back, or pass --new to start beside it")
+        _check_init(config)
         return Start(run, [])
     changed = differences(configfile.load(run.config), config, ignore=MAY_DIFFER_ON_RESUME)
     if changed:
         shown = "\n  ".join(changed[:12]) + (f"\n  and {len(changed) - 12} more" if len(changed) > 12 else "")
         raise UserError(
-            f"{run.path} holds a run of another config:\n  {shown}\nPass --new to start beside it, or run.name=NAME, or take the changes back"
+            f"{run.path} holds a run of another config:\n  {shown}\n"
+            "Pass --new to start beside it, or run.name=NAME, or take the changes back"
         )
-    return Start(run, format.checkpoints(run.checkpoints))
+    start = Start(run, format.checkpoints(run.checkpoints))
+    if not start.checkpoints:
+        _check_init(config)
+    return start
+
+
+# What fine-tuning may change of the model that it starts from: how it is trained, not what its weights mean.
+_MAY_DIFFER_FROM_INIT = {"dropout", "activation_checkpointing", "init_std", "rope_theta"}
+
+
+def _check_init(config: Config) -> None:
+    """Refuse weights of another model. Two models can have parameters of the same shapes: an encoder and a decoder, say."""
+    if config.init.checkpoint is None:
+        return
+    checkpoint = format.find(Path(config.init.checkpoint))
+    there, here = _meaning(configfile.load(checkpoint / "config.yaml")), _meaning(config)
+    changed = [f"model.{key}: {there[key]} -> {here[key]}" for key in here if there[key] != here[key]]
+    if changed:
+        raise UserError(f"init.checkpoint: {checkpoint} holds another model ({'; '.join(changed)}); use its config.yaml's model section")
+
+
+def _meaning(config: Config) -> dict[str, Any]:
+    model = config.model
+    told = model.model_dump(exclude=_MAY_DIFFER_FROM_INIT | ({"max_positions"} if model.positions == "rope" else set()))
+    return told | {"kv_heads": model.kv_heads_, "head_dim": model.head_dim_}
 
 
 def new_name(config: Config) -> Config:
@@ -83,10 +133,26 @@ def complete(start: Start) -> str:
     return f"{start.run.path} is complete at step {step}; look at {start.run.report}, or pass --new to train again beside it"
 
 
-def create(config: Config, run: RunFolder) -> None:
-    """Make the run's folder, or freshen its config: a resumed run may differ in what does not change the numbers."""
+def create(config: Config, run: RunFolder) -> TextIO:
+    """Make the run's folder, or freshen its config: a resumed run may differ in what does not change the numbers.
+
+    No other process can train the run until the file that this returns is closed. Raises UserError when one does already,
+    and when the folder cannot be written.
+    """
     try:
         run.path.mkdir(parents=True, exist_ok=True)
+        lock = run.lock()
+        if lock is None:
+            raise UserError(f"{run.path}: another process is training this run{_who(run)}; wait for it, stop it, or pass --new")
         write_atomically(run.config, configfile.dump(config))
     except OSError as error:
         raise UserError(f"run.folder: {run.path} cannot be written ({error.strerror}); set another folder, or make room") from None
+    return lock
+
+
+def _who(run: RunFolder) -> str:
+    try:
+        facts = json.loads((run.attempt(run.attempts()[-1]) / "attempt.json").read_text(encoding="utf-8"))
+        return f" (process {facts['pid']} on {facts['host']})"
+    except (OSError, LookupError, ValueError):
+        return ""

@@ -60,7 +60,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a run's checkpoints folder, oldest first."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.is_dir() and p.name.startswith(PREFIX) and p.name[len(PREFIX) :].isdigit()]
+    found = [p for p in folder.iterdir() if p.is_dir() and p.name.startswith(PREFIX) and p.name[len(PREFIX) :].isdecimal()]
     return sorted(found, key=step_of)
 
 
@@ -73,14 +73,36 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); the checkpoint is damaged, use another one") from None
+        raise RunError(f"{path}: cannot be read ({error}): a damaged checkpoint; remove its folder, and an earlier one is used") from None
 
 
 def read_index(checkpoint: Path) -> Index:
-    raw = read_json(checkpoint / "index.json")
-    if raw.get("version") != VERSION:
-        raise UserError(f"{checkpoint}: format version {raw.get('version')}, this bigtrain reads version {VERSION}")
-    return Index(raw["shapes"], [Fragment(*row) for row in raw["fragments"]])
+    """Raises UserError for another version of the format, RunError when the index is damaged or names files elsewhere."""
+    path = checkpoint / "index.json"
+    raw = read_json(path)
+    try:
+        if raw["version"] != VERSION:
+            raise UserError(f"{checkpoint}: format version {raw['version']}, this bigtrain reads version {VERSION}; use a newer one")
+        index = Index(raw["shapes"], [Fragment(*row) for row in raw["fragments"]])
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path}: damaged ({type(error).__name__}: {error}); use another checkpoint") from None
+    for name in {f.file for f in index.fragments}:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise RunError(f"{path}: names the file {name!r}, which is outside the checkpoint; do not use it")
+    return index
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest of a run folder or checkpoints folder.
+
+    Raises UserError when there is none.
+    """
+    if (path / "index.json").is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if found := checkpoints(folder):
+            return found[-1]
+    raise UserError(f"{path}: no checkpoint here; give a run folder, or a folder checkpoints/step-* of one")
 
 
 def checksum(path: Path) -> str:
@@ -91,13 +113,18 @@ def checksum(path: Path) -> str:
 
 def manifest(folder: Path) -> dict[str, Any]:
     """Size and checksum of every file below `folder`."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    return {"version": VERSION, "files": {str(p.relative_to(folder)): [p.stat().st_size, checksum(p)] for p in files}}
+    return {"version": VERSION, "files": {str(p.relative_to(folder)): [p.stat().st_size, checksum(p)] for p in sorted(_files(folder))}}
 
 
 def verify(checkpoint: Path) -> None:
-    """Compare every file with the manifest. Raises RunError naming the first file that is missing, cut or changed."""
-    listed = read_json(checkpoint / "manifest.json")["files"]
+    """Compare every file with the manifest. Raises RunError naming the first file that is missing, cut, changed or not listed."""
+    try:
+        listed = {name: (size, sha256) for name, (size, sha256) in read_json(checkpoint / "manifest.json")["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{checkpoint / 'manifest.json'}: damaged ({type(error).__name__}: {error})") from None
+    for path in sorted(_files(checkpoint)):
+        if str(path.relative_to(checkpoint)) not in listed:
+            raise RunError(f"{path}: not in the manifest; it was put there, or the manifest changed, after the checkpoint was written")
     for name, (size, expected) in listed.items():
         path = checkpoint / name
         if not path.is_file():
@@ -106,6 +133,10 @@ def verify(checkpoint: Path) -> None:
             raise RunError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
         if checksum(path) != expected:
             raise RunError(f"{path}: checksum differs from the manifest; the file was changed after it was written")
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json"]
 
 
 def sync(path: Path) -> None:

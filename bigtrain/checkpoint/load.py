@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from bigtrain import configfile
 from bigtrain.checkpoint import format
-from bigtrain.checkpoint.format import Fragment, Index
+from bigtrain.checkpoint.format import Fragment, Index, find
 from bigtrain.config import Config
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.tokenizer import load as load_tokenizer
@@ -24,19 +24,6 @@ if TYPE_CHECKING:  # it imports deepspeed, which evaluating and generating do wi
     from bigtrain.checkpoint.state import Partition
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of a run folder or checkpoints folder.
-
-    Raises UserError when there is none.
-    """
-    if (path / "index.json").is_file():
-        return path
-    for folder in (path, path / "checkpoints"):
-        if found := format.checkpoints(folder):
-            return found[-1]
-    raise UserError(f"{path}: no checkpoint here; give a run folder, or a folder checkpoints/step-* of one")
-
-
 class Reader:
     """Random access to the fragments of one checkpoint."""
 
@@ -46,6 +33,8 @@ class Reader:
         self._by: dict[tuple[str, str], list[Fragment]] = defaultdict(list)
         for fragment in self.index.fragments:
             self._by[fragment.parameter, fragment.kind].append(fragment)
+        for fragments in self._by.values():
+            fragments.sort(key=lambda f: f.offset)
         self._files: dict[str, safe_open] = {}
 
     def holds(self, parameter: str, kind: str) -> bool:
@@ -54,17 +43,16 @@ class Reader:
     def read(self, parameter: str, kind: str, offset: int, out: torch.Tensor) -> None:
         """Fill `out` (1-D) with the elements of `parameter`'s `kind` from `offset`.
 
-        Raises RunError when the checkpoint does not hold them all.
+        Raises RunError when the checkpoint does not hold them all, or a file does not hold what the index says.
         """
-        end, covered = offset + out.numel(), 0
-        for f in self._by[parameter, kind]:
-            low, high = max(offset, f.offset), min(end, f.offset + f.length)
-            if low < high:
-                piece = self._open(f.file).get_slice(f.key)[low - f.offset : high - f.offset]
-                out[low - offset : high - offset].copy_(piece)
-                covered += high - low
-        if covered < out.numel():
-            raise RunError(f"{self.path}: {kind} of {parameter} has {covered} of the {out.numel()} elements from {offset}")
+        at, end = offset, offset + out.numel()
+        for f in self._by.get((parameter, kind), []):
+            high = min(end, f.offset + f.length)
+            if f.offset <= at < high:
+                out[at - offset : high - offset].copy_(self._fragment(f, at, high))
+                at = high
+        if at < end:
+            raise RunError(f"{self.path}: {kind} of {parameter} lacks element {at} of {offset} to {end - 1}; use another checkpoint")
 
     def tensor(self, parameter: str, kind: str) -> torch.Tensor:
         """One whole parameter, float32, in its shape."""
@@ -73,15 +61,18 @@ class Reader:
         self.read(parameter, kind, 0, out)
         return out.view(shape)
 
-    def _open(self, name: str) -> safe_open:
-        if name not in self._files:
-            if Path(name).name != name:
-                raise RunError(f"{self.path}: the index names {name!r}, which is outside the checkpoint")
-            try:
-                self._files[name] = safe_open(self.path / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise RunError(f"{self.path / name}: cannot be read ({error})") from None
-        return self._files[name]
+    def _fragment(self, f: Fragment, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a parameter, out of the fragment that covers them."""
+        path = self.path / f.file
+        try:
+            if f.file not in self._files:
+                self._files[f.file] = safe_open(path, framework="pt")
+            stored = self._files[f.file].get_slice(f.key)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+        if stored.get_shape() != [f.length]:
+            raise RunError(f"{path}: {f.key} has shape {stored.get_shape()}, the index says {f.length} elements; use another checkpoint")
+        return stored[start - f.offset : stop - f.offset]
 
 
 def check_shapes(checkpoint: Path, index: Index, shapes: dict[str, list[int]]) -> None:
@@ -141,8 +132,12 @@ class Restored:
     state: dict[str, Any]
 
 
-def restore(checkpoint: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Restored:
-    """Build the model of a checkpoint, in evaluation mode, with the weights of `kind` ("model" or "ema")."""
+def restore(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Restored:
+    """Build the model of a checkpoint (`path` as for `find`), in evaluation mode, with the weights of `kind` ("model" or "ema").
+
+    Raises UserError when there is no checkpoint or it has no such weights, RunError when it is damaged.
+    """
+    checkpoint = find(path)
     reader = Reader(checkpoint)
     if kind not in reader.index.kinds:
         raise _no_average(reader)

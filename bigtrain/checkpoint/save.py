@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bigtrain.checkpoint import format
 from bigtrain.checkpoint.format import Fragment, Index
-from bigtrain.checkpoint.state import Partition
 from bigtrain.errors import RunError
 from bigtrain.world import World
+
+if TYPE_CHECKING:  # it imports deepspeed
+    from bigtrain.checkpoint.state import Partition
 
 
 def save(
@@ -36,11 +40,8 @@ def save(
     problem = _attempt(world.first, lambda: _fresh(folder, temporary))
     _agree(world, problem, temporary, final)
 
-    fragments, problem = [], None
-    try:
-        fragments = _write_rank(temporary, partitions, world)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
-        problem = str(error)
+    fragments: list[Fragment] = []
+    problem = _attempt(True, lambda: fragments.extend(_write_rank(temporary, partitions, world)))
     _agree(world, problem, temporary, final)
 
     gathered = world.gather([[f.parameter, f.kind, f.offset, f.length, f.file, f.key] for f in fragments])
@@ -58,7 +59,7 @@ def save(
         for path in [*temporary.rglob("*"), temporary]:
             format.sync(path)
         if final.exists():  # the same step again, after a resume went back behind it
-            shutil.rmtree(final)
+            _remove(final)
         temporary.rename(final)
         format.sync(folder)
 
@@ -69,9 +70,13 @@ def save(
 def keep_newest(folder: Path, count: int) -> None:
     """Remove all but the newest `count` checkpoints: renamed first, so that a crash leaves none half deleted."""
     for old in format.checkpoints(folder)[:-count]:
-        doomed = old.with_name(f".{old.name}.removing")
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removing")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _fresh(folder: Path, temporary: Path) -> None:
@@ -96,6 +101,8 @@ def _write_rank(folder: Path, partitions: list[Partition], world: World) -> list
                 fragments.append(Fragment(piece.name, kind, piece.offset, piece.length, name, key))
                 # A copy of its own: safetensors refuses views that share storage.
                 tensors[key] = tensor[piece.start : piece.start + piece.length].to("cpu", torch.float32, copy=True)
+                if kind == "model" and not tensors[key].isfinite().all():  # the last good checkpoint must stay the newest
+                    raise RunError(f"the weights of {piece.name} are not finite")
     save_file(tensors, folder / name)
     return fragments
 
@@ -104,12 +111,12 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _attempt(mine: bool, action) -> str | None:
+def _attempt(mine: bool, action: Callable[[], None]) -> str | None:
     """Run `action` where `mine`; the error as text, so that it can be agreed on instead of leaving peers waiting."""
     if mine:
         try:
             action()
-        except (OSError, RuntimeError) as error:
+        except (OSError, SafetensorError, RunError) as error:  # safetensors reports a full disk as its own error
             return str(error)
     return None
 

@@ -110,7 +110,9 @@ def family_of(config: Model) -> str:
     """The Hugging Face family that has the shape of `config`; UserError where none has."""
     differs = {}
     for name, family in FAMILIES.items():
-        differs[name] = [f"{key} {getattr(config, key)}, not {value}" for key, value in family.fields.items() if getattr(config, key) != value]
+        differs[name] = [
+            f"{key} {getattr(config, key)}, not {value}" for key, value in family.fields.items() if getattr(config, key) != value
+        ]
     if config.kv_heads_ != config.heads:
         for name in ("gpt2", "bert"):
             differs[name].append(f"kv_heads {config.kv_heads}, not {config.heads}")

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from training import prepare_data, tensors
 
-CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+CASES = [(stage, precision) for precision in ("fp32", "bf16", "fp16") for stage in (0, 1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,15 @@ def test_resumed_equals_straight(runs, stage, precision):
     assert straight.keys() == resumed.keys()
     for key, value in straight.items():
         assert torch.equal(value, resumed[key]), key
+    assert (result["loss_scale"] is None) == (precision != "fp16")
+
+
+@pytest.mark.parametrize("stage, precision", [case for case in CASES if case[1] != "fp32"])
+def test_sixteen_bits_follow_float32(runs, stage, precision):
+    """Loss scaling, clipping and accumulation in 16 bits give float32's losses and gradient norms, to 16 bits' rounding."""
+    _, results = runs
+    found, expected = (torch.tensor(results[f"{stage}-{p}"]["straight"])[:, 1:] for p in (precision, "fp32"))
+    torch.testing.assert_close(found, expected, rtol=0.02 if precision == "fp16" else 0.05, atol=0)
 
 
 def test_keeps_the_newest(runs):

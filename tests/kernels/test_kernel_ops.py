@@ -1,6 +1,7 @@
 """Every operator against the plain mathematics of reference.py: values, gradients, dtypes, masks, memory, torch.compile."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -264,7 +265,10 @@ def test_no_graph_break(name):
     document_BT = torch.tensor([[0, 0, 1, 1, 1]])
     f32 = torch.float32
     functions = {
-        "rms_norm": (lambda x, r, w: ops.rms_norm(x, w, 1e-5, residual=r), [rand(5, 8, dtype=f32), rand(5, 8, dtype=f32), rand(8, dtype=f32)]),
+        "rms_norm": (
+            lambda x, r, w: ops.rms_norm(x, w, 1e-5, residual=r),
+            [rand(5, 8, dtype=f32), rand(5, 8, dtype=f32), rand(8, dtype=f32)],
+        ),
         "rope": (lambda q, k: ops.rope(q, k, cos, sin), [rand(1, 5, 4, 8, dtype=f32), rand(1, 5, 2, 8, dtype=f32)]),
         "glu": (lambda g, u: ops.glu(g, u, "swiglu"), [rand(5, 8, dtype=f32), rand(5, 8, dtype=f32)]),
         "attention": (
@@ -299,4 +303,4 @@ def test_package_stands_alone():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
-                assert all(n.split(".")[0] in ("torch", "triton", "__future__") for n in names), (file.name, names)
+                assert all(n.split(".")[0] in {"torch", "triton", *sys.stdlib_module_names} for n in names), (file.name, names)

@@ -1,0 +1,55 @@
+"""What each launcher tells a process, and what is no launcher."""
+
+import pytest
+
+from bigtrain.errors import UserError
+from bigtrain.ranks import launched
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501", "LOCAL_WORLD_SIZE": "4"}
+DEEPSPEED = {**TORCHRUN, "CROSS_RANK": "1", "CROSS_SIZE": "2"}
+BATCH = {"SLURM_JOB_ID": "41234", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SRUN = {
+    **BATCH,
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9",
+}
+
+
+def test_torchrun_and_deepspeed():
+    expected = dict(zip(NAMES, ("5", "8", "1", "10.0.0.1", "29501")))
+    assert launched(TORCHRUN) == launched(DEEPSPEED) == expected
+    assert launched({**TORCHRUN, **SRUN}) == expected  # torchrun under srun: the inner launcher counts
+
+
+def test_srun():
+    assert launched(SRUN) == dict(zip(NAMES, ("5", "8", "1", "10.0.0.9", "21234")))
+    set_by_user = launched({**SRUN, "MASTER_ADDR": "node7", "MASTER_PORT": "23456"})
+    assert (set_by_user["MASTER_ADDR"], set_by_user["MASTER_PORT"]) == ("node7", "23456")
+    assert launched({**SRUN, "SLURM_JOB_ID": "99999999"})["MASTER_PORT"] == "29999"  # always below the ephemeral ports
+
+
+@pytest.mark.parametrize("environment", [{}, BATCH, {**BATCH, "SLURM_STEP_ID": "batch"}, {"RANK": "0"}, {"WORLD_SIZE": "2"}])
+def test_nothing_launched_this(environment):
+    assert launched(environment) is None
+
+
+def test_a_missing_address_is_left_empty_for_the_world_to_refuse():
+    assert launched({"RANK": "0", "WORLD_SIZE": "2"})["MASTER_ADDR"] == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"RANK": "${SLURM_PROCID}"}, "RANK"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK"),
+        ({"RANK": "8"}, "RANK: 8"),
+    ],
+)
+def test_what_is_no_rank_is_named(changed, named):
+    with pytest.raises(UserError, match=named):
+        launched({**TORCHRUN, **changed})
