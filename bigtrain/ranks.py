@@ -39,4 +39,6 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
             raise UserError(f"{name}: expected a whole number from the launcher, found {found[name]!r}; start the ranks with a launcher")
     if not int(found["RANK"]) < int(found["WORLD_SIZE"]):
         raise UserError(f"RANK: {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}; start the ranks with a launcher")
+    if not 0 < int(found["MASTER_PORT"]) < 1 << 16:
+        raise UserError(f"MASTER_PORT: {found['MASTER_PORT']} is no port; give one from 1024 to 65535, the same to every rank")
     return found

@@ -105,7 +105,10 @@ def _check_init(config: Config) -> None:
     """Refuse weights of another model. Two models can have parameters of the same shapes: an encoder and a decoder, say."""
     if config.init.checkpoint is None:
         return
-    checkpoint = format.find(Path(config.init.checkpoint))
+    try:
+        checkpoint = format.find(Path(config.init.checkpoint))
+    except UserError as error:
+        raise UserError(f"init.checkpoint: {error}") from None
     there, here = _meaning(configfile.load(checkpoint / "config.yaml")), _meaning(config)
     changed = [f"model.{key}: {there[key]} -> {here[key]}" for key in here if there[key] != here[key]]
     if changed:

@@ -39,7 +39,7 @@ def test_options():
     options = throughput.arguments([], CPU)
     assert (options.layout, options.only, options.dtype, options.rounds) == ([1, 2], list(throughput.VARIANTS), ["bf16", "fp32"], 3)
     assert throughput.arguments([], GPUS).layout == [1, 4]
-    chosen = throughput.arguments(["--only", "bigtrain", "trainer", "--layout", "2", "--dtype", "fp32"], CPU)
+    chosen = throughput.arguments(["--only", "bigtrain", "trainer", "trainer", "--layout", "2", "--dtype", "fp32"], CPU)
     assert (chosen.only, chosen.layout, chosen.dtype) == (["bigtrain", "trainer"], [2], ["fp32"])
 
 

@@ -102,7 +102,7 @@ def test_deepspeed_accepts_every_key(precision, sections, expected):
 
     Asked.seen = set()
     found = DeepSpeedConfig(Asked(expected))
-    assert set(expected) - Asked.seen == {"zero_force_ds_cpu_optimizer"} & set(expected)  # the engine reads this one
+    assert set(expected) <= Asked.seen
     assert found.train_batch_size == 8 and found.zero_config.stage == expected["zero_optimization"]["stage"]
     assert found.gradient_clipping == expected["gradient_clipping"]
     assert found.float16_config.enabled is (precision == "fp16") and found.bfloat16_config.enabled is (precision == "bf16")

@@ -48,6 +48,8 @@ def test_a_missing_address_is_left_empty_for_the_world_to_refuse():
         ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK"),
         ({"RANK": "8"}, "RANK: 8"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT: 0 is no port"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: 70000"),
     ],
 )
 def test_what_is_no_rank_is_named(changed, named):

@@ -84,11 +84,11 @@ def read_index(checkpoint: Path) -> Index:
         if raw["version"] != VERSION:
             raise UserError(f"{checkpoint}: format version {raw['version']}, this bigtrain reads version {VERSION}; use a newer one")
         index = Index(raw["shapes"], [Fragment(*row) for row in raw["fragments"]])
+        for name in {f.file for f in index.fragments}:
+            if name in ("", ".", "..") or Path(name).name != name:
+                raise RunError(f"{path}: names the file {name!r}, which is outside the checkpoint; do not use it")
     except (KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged ({type(error).__name__}: {error}); use another checkpoint") from None
-    for name in {f.file for f in index.fragments}:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise RunError(f"{path}: names the file {name!r}, which is outside the checkpoint; do not use it")
     return index
 
 

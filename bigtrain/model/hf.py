@@ -34,8 +34,8 @@ class Family:
 
 LLAMA = Family(
     fields=dict(
-        causal=True, norm="rmsnorm", norm_position="pre", positions="rope", mlp="swiglu", embedding_norm=False, token_types=0, head="linear",
-        dropout=0.0,
+        causal=True, norm="rmsnorm", norm_position="pre", positions="rope", mlp="swiglu", embedding_norm=False, token_types=0,
+        head="linear", dropout=0.0,
     ),
     modules={
         "embedding": "model.embed_tokens",
@@ -151,7 +151,8 @@ def config_from_hf(hf: PretrainedConfig) -> Model:
         fields |= dict(
             layers=hf.num_hidden_layers, width=hf.hidden_size, heads=hf.num_attention_heads, kv_heads=hf.num_key_value_heads,
             head_dim=hf.head_dim, mlp_width=hf.intermediate_size, max_positions=hf.max_position_embeddings, norm_eps=hf.rms_norm_eps,
-            rope_theta=float(rope["rope_theta"]), attention_bias=hf.attention_bias, mlp_bias=hf.mlp_bias, tied_embeddings=hf.tie_word_embeddings,
+            rope_theta=float(rope["rope_theta"]), attention_bias=hf.attention_bias, mlp_bias=hf.mlp_bias,
+            tied_embeddings=hf.tie_word_embeddings,
         )  # fmt: skip
     elif family == "gpt2":
         need("scale_attn_weights", True)
@@ -169,7 +170,8 @@ def config_from_hf(hf: PretrainedConfig) -> Model:
         need("position_embedding_type", "absolute")
         fields |= dict(
             layers=hf.num_hidden_layers, width=hf.hidden_size, heads=hf.num_attention_heads, mlp_width=hf.intermediate_size,
-            max_positions=hf.max_position_embeddings, norm_eps=hf.layer_norm_eps, token_types=hf.type_vocab_size, dropout=hf.hidden_dropout_prob,
+            max_positions=hf.max_position_embeddings, norm_eps=hf.layer_norm_eps, token_types=hf.type_vocab_size,
+            dropout=hf.hidden_dropout_prob,
         )  # fmt: skip
     return Model(**fields)
 

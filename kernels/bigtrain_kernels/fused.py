@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reference import IGNORE, wide
+from .reference import IGNORE, wide, wide_dtype
 
 
 def _own(x: Tensor) -> Tensor:
-    """A copy in at least float32, to be worked on in place."""
-    return x.to(wide(x.new_empty(0)).dtype, copy=True)
+    """A wide copy, to be worked on in place."""
+    return x.to(wide_dtype(x), copy=True)
 
 
 class RmsNorm(torch.autograd.Function):
@@ -111,7 +111,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         C = chunk_tokens(N, E, weight_VE.shape[0])
         keep_N1 = target_N[:, None] != IGNORE
         index_N1 = target_N[:, None].long().where(keep_N1, 0)
-        loss = wide(hidden_NE.new_zeros(()))
+        loss = hidden_NE.new_zeros((), dtype=wide_dtype(hidden_NE))
         grad_hidden_NE = torch.empty_like(hidden_NE) if need_grad else None
         grad_weight_VE = grad_bias_V = None
         for start in range(0, N, C):
@@ -149,7 +149,7 @@ def _cross_entropy_(logits_CV: Tensor, index_C1: Tensor, keep_C1: Tensor, need_g
     C, V = logits_CV.shape
     # On a CPU a few rows at a time: float32 scratch that fits in a core's cache instead of a pass over memory an operation.
     step = C if logits_CV.is_cuda else max(1, (1 << 19) // V)
-    loss = wide(logits_CV.new_zeros(()))
+    loss = logits_CV.new_zeros((), dtype=wide_dtype(logits_CV))
     for start in range(0, C, step):
         rows = slice(start, start + step)
         logp = torch.log_softmax(logits_CV[rows], -1, dtype=loss.dtype)

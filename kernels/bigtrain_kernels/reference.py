@@ -17,9 +17,13 @@ IGNORE = -100
 """Target of a token that carries no loss."""
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """At least float32; float64 stays float64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(wide_dtype(x))
 
 
 def visible(T: int, S: int, causal: bool, document_BT: Tensor | None, device: torch.device) -> Tensor:

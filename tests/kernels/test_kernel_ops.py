@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bigtrain_kernels import fused, ops, reference
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+from bigtrain_kernels import fused, ops, reference
 
 F64 = torch.float64
 

@@ -1,0 +1,109 @@
+"""The documents say what the code says. `python tests/test_docs.py` writes the table of docs/configuration.md again."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from bigtrain import configschema
+
+CONFIGURATION = ROOT / "docs/configuration.md"
+BEGIN, END = "<!-- written by tests/test_docs.py -->\n", "<!-- end -->\n"
+
+
+def tables() -> str:
+    """Every key of the config with what it may hold, its default and its meaning, a table for each section."""
+    lines = []
+    sections = configschema.schema()["properties"]
+    alone = {name: node for name, node in sections.items() if not _object(node)}
+    for section, node in {"": {"properties": alone}, **sections}.items():
+        if section in alone:
+            continue
+        lines += [f"### {section or 'At the top level'}", "", *([node["description"], ""] if "description" in node else [])]
+        lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
+        lines += _rows(_object(node)["properties"], f"{section}." if section else "")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _rows(fields: dict, prefix: str) -> list[str]:
+    rows = []
+    for name, node in fields.items():
+        if inner := _object(node):
+            rows.append(f"| `{prefix}{name}` | a mapping of the keys below, or null | {_default(node)} | |")
+            rows += _rows(inner["properties"], f"{prefix}{name}.")
+        elif name == "include":
+            rows.append(f"| `include` | a path or a list of paths | none | {node['description']} |")
+        else:
+            rows.append(f"| `{prefix}{name}` | {configschema._expected(node)} | {_default(node)} | {node.get('description', '')} |")
+    return [" ".join(row.split()) for row in rows]
+
+
+def _default(node: dict) -> str:
+    return f"`{json.dumps(node['default'], ensure_ascii=False)}`" if "default" in node else "needed"
+
+
+def _object(node: dict) -> dict:
+    return next((n for n in [node, *node.get("anyOf", [])] if "properties" in n), {})
+
+
+def written() -> str:
+    return CONFIGURATION.read_text().partition(BEGIN)[2].partition(END)[0]
+
+
+def test_configuration_names_every_key():
+    assert written() == tables(), "run: python tests/test_docs.py"
+
+
+def test_the_table_has_every_key():
+    from bigtrain.config import Config
+
+    def keys(model, prefix=""):
+        for name, field in model.model_fields.items():
+            inner = [t for t in [field.annotation, *getattr(field.annotation, "__args__", ())] if hasattr(t, "model_fields")]
+            yield from keys(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+
+    missing = [key for key in keys(Config) if f"| `{key}` |" not in tables()]
+    assert missing == []
+
+
+def test_architecture_names_every_module_and_no_other():
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = re.findall(r"`((?:bigtrain|kernels|launch)/[\w/]+\.py)`", text.partition("## One batch")[0])
+    folders = ("bigtrain", "kernels/bigtrain_kernels", "launch/bigtrain_launch")
+    files = {p.relative_to(ROOT).as_posix() for folder in folders for p in (ROOT / folder).rglob("*.py")}
+    assert {"missing": sorted(files - set(named)), "gone": sorted(set(named) - files)} == {"missing": [], "gone": []}
+
+
+def test_architecture_has_the_floors_of_the_imports():
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_imports import FLOORS
+
+    floor, found = 0, {}
+    for line in (ROOT / "docs/architecture.md").read_text().splitlines():
+        if row := re.match(r"\| (\d*) ?\| (`bigtrain/.*?) \|", line):
+            floor = int(row[1] or floor)
+            for file in re.findall(r"`bigtrain/([\w/]+)\.py`", row[2]):
+                found[file.split("/")[0]] = floor
+    assert found == {name: number for number, names in enumerate(FLOORS) for name in names if name in found}
+    assert found.keys() >= {name for names in FLOORS for name in names if (ROOT / f"bigtrain/{name}.py").exists()}
+
+
+@pytest.mark.parametrize("document", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]))
+def test_links_and_named_files_exist(document):
+    text = (ROOT / document).read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    files = re.findall(r"`((?:bigtrain|kernels|launch|configs|docs|tests|benchmarks)/[\w/.-]+\.\w+)`", text)
+    gone = [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
+    assert gone + [file for file in files if not (ROOT / file).exists()] == []
+
+
+if __name__ == "__main__":
+    before, _, rest = CONFIGURATION.read_text().partition(BEGIN)
+    CONFIGURATION.write_text(before + BEGIN + tables() + END + rest.partition(END)[2])

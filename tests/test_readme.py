@@ -1,0 +1,160 @@
+"""Every command in README.md works: those of its ```bash blocks are run as they stand, in the order in which they stand.
+
+They run in a folder that looks like the checkout after `make train`, but for the size of what is trained: its `configs/` hold
+files of the same names that include the shipped ones and shrink them. A command that cannot be run so stands in INSTEAD.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) for line in block.splitlines() if line
+]
+
+# Commands that are not run as they stand: what is run, or looked at, in their place.
+INSTEAD = {
+    "make train": f"make --dry-run --directory {ROOT} train",
+    "make test": f"make --dry-run --directory {ROOT} test",
+    "source .venv/bin/activate": "type bigtrain",  # which is what the folder's PATH stands for
+    # srun's variables for the only task of a step; a real Slurm is not at hand.
+    "srun --ntasks-per-node 2 bigtrain train configs/quickstart.yaml": (
+        "env SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1"
+        " bigtrain train configs/quickstart.yaml"
+    ),
+}
+# A word of what each command must print.
+SAYS = {
+    "make train": "bigtrain train configs/quickstart.yaml",
+    "make test": "-m pytest",
+    "bigtrain evaluate runs/quickstart": '"bits_per_byte"',
+    'bigtrain generate runs/quickstart --prompt "def main(" --tokens 64': "def main(",
+    "bigtrain report runs/quickstart": "runs/quickstart/report.html",
+    "bigtrain checkpoint verify runs/quickstart": "ok  runs/quickstart/checkpoints/step-",
+    "bigtrain config show configs/quickstart.yaml optimizer.lr=1e-3": "lr: 0.001",
+    "bigtrain train configs/quickstart.yaml --new optimizer.lr=1e-3": "report: runs/quickstart-2/report.html",
+    "bigtrain train configs/finetune/quickstart.yaml": "report: runs/finetune/report.html",
+    "bigtrain config show configs/pretrain/llama-70b.yaml": "stage: 3",
+    "bigtrain data prepare configs/quickstart.yaml": "validation:",
+    "torchrun --nproc-per-node 2 -m bigtrain train configs/quickstart.yaml": "is complete at step",
+    "deepspeed --num_gpus 2 --no_local_rank --module bigtrain train configs/quickstart.yaml": "is complete at step",
+    "srun --ntasks-per-node 2 bigtrain train configs/quickstart.yaml": "is complete at step",
+}
+SMALL = """
+include: {shipped}
+model: {{layers: 1, width: 32, heads: 2, mlp_width: 48}}
+data: {{sequence_length: 32, validation_fraction: 0.2}}
+train: {{steps: {steps}, global_batch: 2, micro_batch: 2}}
+schedule: {{warmup_steps: 1}}
+precision: fp32
+checkpoint: {{every: null}}
+evaluate: {{every: null, sequences: 4}}
+generate: {{tokens: 4}}
+tracking: {{tensorboard: false}}
+launch: {{ranks_per_node: 1}}
+"""
+
+
+class Checkout:
+    """A folder to run commands in."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        scripts = path / ".venv/bin"
+        scripts.mkdir(parents=True)
+        (scripts / "bigtrain").write_text(f'#!/bin/sh\nexec {sys.executable} -m bigtrain "$@"\n')
+        (scripts / "bigtrain").chmod(0o755)
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
+            "PATH": os.pathsep.join([str(scripts), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels", ROOT / "launch")),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+        (path / "configs/finetune").mkdir(parents=True)
+        self.config("quickstart.yaml", steps=150, data={"source": "text", "path": "texts", "bpe_vocab_size": 300})
+        self.config("finetune/quickstart.yaml", steps=2)
+        for folder in ("texts", "my-texts"):
+            (path / folder).mkdir()
+            for i in range(20):
+                (path / folder / f"{i}.py").write_text(f"# {folder} {i}\n" + "".join(f"def f{i}_{j}(self):\n    return {i * j}\n" for j in range(30)))
+
+    def config(self, name: str, steps: int, **more) -> None:
+        text = SMALL.format(shipped=ROOT / "configs" / name, steps=steps)
+        if "data" in more:
+            text = text.replace("validation_fraction: 0.2", f"validation_fraction: 0.2, {json.dumps(more['data'])[1:-1]}")
+        (self.path / "configs" / name).write_text(text)
+
+    def run(self, command: str, seconds: float = 100) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", "-c", command], cwd=self.path, env=self.environment, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
+        )
+
+    def rows(self) -> list[dict]:
+        file = self.path / "runs/quickstart/metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Checkout:
+    """With a quick start that was interrupted once by Ctrl-C, as the page says that one may."""
+    place = Checkout(tmp_path_factory.mktemp("checkout"))
+    training = subprocess.Popen(
+        ["bigtrain", "train", "configs/quickstart.yaml"], cwd=place.path, env=place.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    end = time.monotonic() + 100
+    while len(place.rows()) < 3 and training.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    training.send_signal(signal.SIGINT)
+    output, _ = training.communicate(timeout=60)
+    assert training.returncode == 75, output.decode()
+    return place
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(checkout, command):
+    instead = INSTEAD.get(command, command)
+    result = checkout.run(instead)
+    assert result.returncode == 0, f"{instead}\n{result.stdout}{result.stderr}"
+    assert SAYS.get(command, "") in result.stdout + result.stderr
+    if command == "bigtrain train configs/quickstart.yaml":
+        assert {row["attempt"] for row in checkout.rows()} == {1, 2}
+        assert sorted({row["step"] for row in checkout.rows() if "loss" in row}) == list(range(1, 151))
+
+
+def test_what_it_says_of_mistakes(checkout):
+    for block in re.findall(r"^```console\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+        command, _, expected = block.removeprefix("$ ").partition("\n")
+        result = checkout.run(command)
+        assert (result.returncode, result.stdout + result.stderr) == (2, expected)
+
+
+def test_the_folder_of_a_run_holds_what_it_says(checkout):
+    listed = re.search(r"^    runs/quickstart/\n(.*?)\n\n", README, re.MULTILINE | re.DOTALL)[1]
+    names = [name for line in listed.splitlines() for name in line.strip().split("    ")[0].split()]
+    there = {name for name in names if list((checkout.path / "runs/quickstart").glob(name.replace("00000400", "*").rstrip("/")))}
+    assert set(names) - there == {"tensorboard/"}  # switched off here
+    assert len(names) > 8
+
+
+def test_no_table_entry_is_left_over():
+    assert set(INSTEAD) | set(SAYS) <= set(COMMANDS)
+
+
+def test_the_repository_has_the_folders_that_it_says():
+    listed = re.search(r"## What is in this repository\n\n(.*?)\n\n", README, re.DOTALL)[1]
+    assert [line for line in listed.splitlines() if not (ROOT / line.split()[0]).is_dir()] == []
+
+
+def test_commands_are_split_as_a_shell_splits_them():
+    assert all(shlex.split(command) for command in COMMANDS) and len(COMMANDS) > 15
