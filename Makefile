@@ -1,10 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-train: .venv/.ops  ## set up, then train the small model of configs/quickstart.yaml
+train: .venv/.installed  ## set up, then train the small model of configs/quickstart.yaml
+	$(BIN)/bigtrain ops build configs/quickstart.yaml
 	$(BIN)/bigtrain train configs/quickstart.yaml
 
-test: .venv/.test .venv/.ops  ## set up, then style checks and tests
+test: .venv/.test  ## set up, then style checks and tests
+	$(BIN)/bigtrain ops build
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest
@@ -16,11 +18,6 @@ test: .venv/.test .venv/.ops  ## set up, then style checks and tests
 
 .venv/.test: .venv/.installed
 	$(BIN)/pip install --constraint constraints.txt --editable '.[test]'
-	touch $@
-
-# DeepSpeed compiles its CPU kernels at first use; ranks that do so at the same time wait for each other's lock.
-.venv/.ops: .venv/.installed
-	$(BIN)/bigtrain ops build
 	touch $@
 
 clean:  ## remove the environment and what tools left behind; runs/ and data/ stay

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,8 @@ def arguments(argv: Sequence[str] | None, hardware: Hardware) -> argparse.Namesp
     parser.add_argument("--data", default="data/stdlib-bpe4096", metavar="FOLDER", help="prepared data, or where to prepare it")
     parser.add_argument("--anyway", action="store_true", help="measure although the machine is busy; such numbers are not to be quoted")
     options = parser.parse_args(argv)
+    for several in ("only", "dtype", "layout"):
+        setattr(options, several, list(dict.fromkeys(getattr(options, several))))
     room = hardware.devices or hardware.cores
     if not all(1 <= ranks <= room for ranks in options.layout):
         raise UserError(f"--layout {' '.join(map(str, options.layout))}: this machine has room for 1 to {room} ranks")
@@ -137,7 +140,7 @@ def versions() -> dict[str, str]:
 def environment(hardware: Hardware) -> dict[str, str]:
     """What every process gets: DeepSpeed's ops where bigtrain builds them, and no network."""
     cpu = {"DS_ACCELERATOR": "cpu"} if hardware.kind == "cpu" else {}
-    return {**os.environ, **cpu, "TORCH_EXTENSIONS_DIR": str(opbuild.folder()), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **cpu, **opbuild.environment(), "HF_HUB_OFFLINE": "1"}
 
 
 class Case(NamedTuple):
@@ -266,6 +269,7 @@ def show(bench: Bench, found: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: whatever runs is ended on the way out
     try:
         sys.exit(main())
     except BigtrainError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -47,6 +48,12 @@ class Kind(str, Enum):
 Weights = Annotated[Kind, typer.Option(help="As trained, or their moving average.")]
 
 
+@app.callback()
+def main_options(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
+    # The deepspeed launcher puts --local_rank=N before the command; LOCAL_RANK says the same.
+    pass
+
+
 @app.command()
 def train(
     config: ConfigPath,
@@ -64,12 +71,13 @@ def train(
     variables = launched(os.environ)
     if found := hardware.problems(source.config, here, int(variables["WORLD_SIZE"]) if variables else None):
         raise source.error(found)
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(opbuild.folder()))
+    os.environ.update(opbuild.environment())
     if here.kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     ops = opbuild.needed(source.config, here.kind)
     if variables:
         opbuild.check_locks(ops)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported and ranks meet, Ctrl-C leaves no traceback
         from bigtrain.logs import RankOutput
 
         output = RankOutput()
@@ -77,7 +85,7 @@ def train(
 
         raise typer.Exit(run_rank(source.config, here, output, new))
 
-    from bigtrain.start import complete, new_name, open_run, with_data
+    from bigtrain.start import complete, create, new_name, open_run, with_data
     from bigtrain_launch import local
 
     _prepare(source.config.data)
@@ -87,6 +95,7 @@ def train(
         print(complete(start))
         return
     opbuild.build(ops, print)
+    create(settled, start.run).close()  # rank 0 does it again; here a folder that cannot be had is known at once
     arguments = ["train", str(config), *(overrides or []), *([f"run.name={settled.run.name}"] if new else [])]
     ranks = hardware.ranks(settled, here)
     raise typer.Exit(local.launch(arguments, ranks, port=settled.launch.port, environment={}, threads=max(1, here.cores // ranks)))
@@ -229,7 +238,7 @@ def ops_build(
     """Compile the ops before anything waits for them; returns at once when they are there."""
     from bigtrain import configfile, hardware, opbuild
 
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(opbuild.folder()))
+    os.environ.update(opbuild.environment())
     opbuild.build(opbuild.needed(configfile.load(config), hardware.look().kind) if config else list(opbuild.ALL), print)
 
 

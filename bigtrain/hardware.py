@@ -1,7 +1,6 @@
 """What this machine has, found without torch: GPUs, cores, memory, and which precision is fast. Standard library only.
 
-A login node can ask it in milliseconds, and so can the launcher before it starts ranks. `checks.py` asks torch itself
-once the ranks' environment is known.
+A login node can ask it in milliseconds, and so can the launcher before it starts ranks.
 """
 
 from __future__ import annotations

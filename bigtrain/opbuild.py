@@ -38,6 +38,15 @@ def folder(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
 
 
+def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables with which torch finds the built ops again, for every process that loads them.
+
+    Beside the folder, this Python's own ninja comes first on PATH: another version takes every op for changed, since it
+    hashes commands differently, and compiles it anew.
+    """
+    return {"TORCH_EXTENSIONS_DIR": str(folder(environ)), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ.get('PATH', '')}"}
+
+
 def missing(ops: list[str]) -> list[str]:
     return [op for op in ops if not (folder() / op / f"{op}.so").is_file()]
 
@@ -68,12 +77,10 @@ def build(ops: list[str], say: Callable[[str], None]) -> None:
         return
     if not (shutil.which("c++") or shutil.which("g++")):
         raise UserError(f"DeepSpeed needs a C++ compiler to build {', '.join(todo)}; install g++ (Debian: apt-get install g++)")
-    # torch looks for ninja on PATH; in an environment that is not activated it lies beside python.
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     say(f"building DeepSpeed's {', '.join(todo)}: about a minute, once")
     command = [sys.executable, "-m", "bigtrain", "ops", "load"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    started = [(op, subprocess.Popen([*command, op], env=environment, **pipe)) for op in todo]
+    started = [(op, subprocess.Popen([*command, op], env={**os.environ, **environment()}, **pipe)) for op in todo]
     failed = []
     for op, process in started:
         output, _ = process.communicate()

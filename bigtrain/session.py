@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch.distributed as dist
+
 from bigtrain import __version__
 from bigtrain.config import Batch, Config, batch_arithmetic
 from bigtrain.deepspeed_config import derive
@@ -39,7 +41,7 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
     try:
         world = World.join("cpu" if hardware.kind == "cpu" else "cuda", config.launch.timeout)
         rank, alone = world.rank, False
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # until the trainer answers them, they end a start as Ctrl-C does
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # until the trainer answers them
             signal.signal(number, signal.default_int_handler)
         config, attempt, checkpoint = _decide(config, world, new)
         output.attach(attempt.run.log(attempt.number, rank))
@@ -52,8 +54,11 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         print(f"bigtrain: {reason}", file=sys.stderr)
     except KeyboardInterrupt:
         code, reason = STOPPED, "stopped on request before the first step; the same command starts again"
+        if rank == 0:
+            screen.close()
+            output.screen.write(f"bigtrain: {reason}\n")
     except Exception as error:  # a bug, or a fault of torch or DeepSpeed: the whole story is in the log
-        code, reason = FAILURE, f"{type(error).__name__}: {error}"
+        code, reason = FAILURE, _lost(error) or f"{type(error).__name__}: {error}"
         traceback.print_exc()
         where = attempt.run.log(attempt.number, rank) if attempt else "above"
         screen.close()
@@ -67,6 +72,13 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
                 _report(attempt.run, output.screen)
         output.screen.flush()
     return code
+
+
+def _lost(error: Exception) -> str | None:
+    """What to say where a collective failed: the fault is elsewhere, and gloo's own text sends nobody there."""
+    if isinstance(error, dist.DistBackendError) or "/gloo/" in str(error):
+        return "the connection to another rank broke; that one, or the launcher, says why"
+    return None
 
 
 def _report(run: RunFolder, screen: TextIO) -> None:

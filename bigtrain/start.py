@@ -84,6 +84,11 @@ def open_run(config: Config) -> Start:
             raise UserError(f"{run.config}: missing beside the checkpoints of a run; bring it back, or pass --new to start beside it")
         _check_init(config)
         return Start(run, [])
+    start = Start(run, format.checkpoints(run.checkpoints))
+    if not start.checkpoints:
+        _check_init(config)
+        if not run.metrics.is_file():  # it has failed before its first step: whatever is tried next is tried here
+            return start
     changed = differences(configfile.load(run.config), config, ignore=MAY_DIFFER_ON_RESUME)
     if changed:
         shown = "\n  ".join(changed[:12]) + (f"\n  and {len(changed) - 12} more" if len(changed) > 12 else "")
@@ -91,9 +96,6 @@ def open_run(config: Config) -> Start:
             f"{run.path} holds a run of another config:\n  {shown}\n"
             "Pass --new to start beside it, or run.name=NAME, or take the changes back"
         )
-    start = Start(run, format.checkpoints(run.checkpoints))
-    if not start.checkpoints:
-        _check_init(config)
     return start
 
 

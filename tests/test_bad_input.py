@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from bigtrain import configfile, opbuild
 from bigtrain.cli import app
 from bigtrain.config import Config
+from bigtrain.runfolder import RunFolder
 from bigtrain_launch import local
 
 CONFIG = """\
@@ -36,9 +38,12 @@ def folder(tmp_path, monkeypatch) -> Path:
     """c.yaml and its text, in a world where ops are built and starting ranks is what no test may get to."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # the command changes it for the ranks; restored when the test ends
     for op in opbuild.ALL:
         (tmp_path / "ops" / op).mkdir(parents=True)
         (tmp_path / "ops" / op / f"{op}.so").touch()
+    starts_nothing = SimpleNamespace(Popen=lambda *arguments, **named: pytest.fail("a rank was started"), DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(local, "subprocess", starts_nothing)
     (tmp_path / "text").mkdir()
     for i in range(20):
         (tmp_path / "text" / f"{i}.txt").write_text(f"document {i} " * (1 + i))
@@ -55,8 +60,7 @@ def refused(folder: Path, *overrides: str, code: int = 2, lines: int = 1, comman
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert len(shown) == lines and shown[0].startswith("bigtrain: ") and "Traceback" not in result.output, result.output
     left = {p for p in folder.rglob("*") if "ops" not in p.parts} - before
-    assert not [p for p in left if p.name.startswith(".") or "partial" in p.name or "spool" in p.name], left
-    assert not (folder / "runs").is_dir() or not any(p.is_file() for p in (folder / "runs").rglob("*") if p not in before)
+    assert not [p for p in left if "partial" in p.name or "spool" in p.name or (p.name.startswith(".") and p.name != ".lock")], left
     return "\n".join(shown).removeprefix("bigtrain: ")
 
 
@@ -142,6 +146,7 @@ def test_a_disk_that_is_really_full(folder):
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
         pytest.skip("may not mount here")
+    (folder / "text" / "large.txt").write_text("x" * 100_000)
     try:
         message = refused(folder, f"data.folder={disk}/data", code=1)
         assert message.startswith(f"data.folder: {disk}/data cannot be written (No space left on device)") and list(disk.iterdir()) == []
@@ -178,6 +183,13 @@ def test_a_stale_lock_of_an_op_build(folder, monkeypatch):
     lock.touch()
     os.utime(lock, (time.time() - 600,) * 2)
     assert refused(folder).startswith(f"{lock}: left 10 minutes ago by a build of DeepSpeed's deepspeed_shm_comm that died")
+
+
+def test_a_run_that_is_being_trained(folder):
+    run = RunFolder(folder / "runs/r")
+    run.path.mkdir(parents=True)
+    with run.lock():
+        assert refused(folder).startswith(f"{folder}/runs/r: another process is training this run; wait for it, stop it, or pass --new")
 
 
 def test_a_run_folder_that_cannot_be_written(folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bigtrain import configfile, hardware
+from bigtrain import configfile, hardware, opbuild
 from bigtrain.config import Config, Model, batch_arithmetic
 from bigtrain.deepspeed_config import derive
 from bigtrain.hardware import Hardware
@@ -91,7 +91,7 @@ def trained(tmp_path_factory) -> dict[str, dict]:
         **os.environ,
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         **{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions")),
+        **opbuild.environment(),
         "PYTHONPATH": os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels", ROOT / "launch", ROOT / "tests/distributed")),
     }
     done = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=300)

@@ -8,17 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
-from bigtrain import configschema
-
 CONFIGURATION = ROOT / "docs/configuration.md"
 BEGIN, END = "<!-- written by tests/test_docs.py -->\n", "<!-- end -->\n"
 
 
 def tables() -> str:
     """Every key of the config with what it may hold, its default and its meaning, a table for each section."""
+    from bigtrain import configschema
+
     lines = []
     sections = configschema.schema()["properties"]
     alone = {name: node for name, node in sections.items() if not _object(node)}
@@ -33,6 +30,8 @@ def tables() -> str:
 
 
 def _rows(fields: dict, prefix: str) -> list[str]:
+    from bigtrain.configschema import _expected
+
     rows = []
     for name, node in fields.items():
         if inner := _object(node):
@@ -41,7 +40,7 @@ def _rows(fields: dict, prefix: str) -> list[str]:
         elif name == "include":
             rows.append(f"| `include` | a path or a list of paths | none | {node['description']} |")
         else:
-            rows.append(f"| `{prefix}{name}` | {configschema._expected(node)} | {_default(node)} | {node.get('description', '')} |")
+            rows.append(f"| `{prefix}{name}` | {_expected(node)} | {_default(node)} | {node.get('description', '')} |")
     return [" ".join(row.split()) for row in rows]
 
 
@@ -105,5 +104,6 @@ def test_links_and_named_files_exist(document):
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     before, _, rest = CONFIGURATION.read_text().partition(BEGIN)
     CONFIGURATION.write_text(before + BEGIN + tables() + END + rest.partition(END)[2])

@@ -47,7 +47,7 @@ def test_is_the_sum_over_the_count():
     ]
     found = evaluate(None, Batches(), batches, CPU, total=lambda sums: sums)
     assert found == {"validation_loss": 1.75, "perplexity": math.exp(1.75), "bytes": 14}
-    assert list(found)[0] == "validation_loss"  # a mean of the batches' means would be 1.5
+    assert next(iter(found)) == "validation_loss"  # a mean of the batches' means would be 1.5
 
 
 def test_ranks_are_added():

@@ -58,6 +58,13 @@ def test_where_ops_are_built():
     assert opbuild.folder({}) == Path(sys.prefix) / "torch_extensions"
 
 
+def test_one_place_and_one_ninja(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/env/bin/python")
+    expected = {"PATH": f"/env/bin{os.pathsep}/usr/bin", "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions"}
+    assert opbuild.environment({"PATH": "/usr/bin"}) == expected
+    assert opbuild.environment({"TORCH_EXTENSIONS_DIR": "/x"})["TORCH_EXTENSIONS_DIR"] == "/x"
+
+
 def test_what_is_there_is_not_built_again(folder):
     (folder / f"{OP}.so").touch()
     opbuild.build([OP], lambda text: pytest.fail(text))
@@ -102,9 +109,10 @@ def test_a_build_that_leaves_nothing_has_failed(python):
 
 def test_ops_are_built_at_once(python, folder):
     """Each waits for the other's mark: one after the other would never end."""
-    python(
-        "d=$TORCH_EXTENSIONS_DIR; mkdir -p $d/$5; touch $d/mark-$5; for i in $(seq 100); do [ $(ls $d/mark-* | wc -l) = 2 ] && touch $d/$5/$5.so && exit; sleep 0.1; done; exit 1"
-    )
+    python("""
+cd $TORCH_EXTENSIONS_DIR; mkdir -p $5; touch mark-$5
+for i in $(seq 100); do [ $(ls mark-* | wc -l) = 2 ] && touch $5/$5.so && exit; sleep 0.1; done
+exit 1""")
     opbuild.build([OP, "cpu_lion"], lambda text: None)
     assert opbuild.missing([OP, "cpu_lion"]) == []
 

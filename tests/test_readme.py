@@ -4,7 +4,6 @@ They run in a folder that looks like the checkout after `make train`, but for th
 files of the same names that include the shipped ones and shrink them. A command that cannot be run so stands in INSTEAD.
 """
 
-import json
 import os
 import re
 import shlex
@@ -16,17 +15,21 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.runfolder import read_rows
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) for line in block.splitlines() if line
-]
+COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) for line in block.splitlines() if line]
 
 # Commands that are not run as they stand: what is run, or looked at, in their place.
 INSTEAD = {
     "make train": f"make --dry-run --directory {ROOT} train",
     "make test": f"make --dry-run --directory {ROOT} test",
     "source .venv/bin/activate": "type bigtrain",  # which is what the folder's PATH stands for
+    # Its data is prepared; fine-tuning, below, trains on these texts.
+    "bigtrain train configs/quickstart.yaml --new data.source=text data.path=my-texts data.folder=data/my-texts": (
+        "bigtrain data prepare configs/quickstart.yaml data.source=text data.path=my-texts data.folder=data/my-texts"
+    ),
     # srun's variables for the only task of a step; a real Slurm is not at hand.
     "srun --ntasks-per-node 2 bigtrain train configs/quickstart.yaml": (
         "env SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1"
@@ -53,7 +56,7 @@ SAYS = {
 SMALL = """
 include: {shipped}
 model: {{layers: 1, width: 32, heads: 2, mlp_width: 48}}
-data: {{sequence_length: 32, validation_fraction: 0.2}}
+data: {{{data} sequence_length: 32, validation_fraction: 0.2}}
 train: {{steps: {steps}, global_batch: 2, micro_batch: 2}}
 schedule: {{warmup_steps: 1}}
 precision: fp32
@@ -82,36 +85,31 @@ class Checkout:
             "OMP_NUM_THREADS": "1",
         }
         (path / "configs/finetune").mkdir(parents=True)
-        self.config("quickstart.yaml", steps=150, data={"source": "text", "path": "texts", "bpe_vocab_size": 300})
+        self.config("quickstart.yaml", steps=150, data="source: text, path: texts, bpe_vocab_size: 300,")
         self.config("finetune/quickstart.yaml", steps=2)
         for folder in ("texts", "my-texts"):
             (path / folder).mkdir()
             for i in range(20):
-                (path / folder / f"{i}.py").write_text(f"# {folder} {i}\n" + "".join(f"def f{i}_{j}(self):\n    return {i * j}\n" for j in range(30)))
+                functions = [f"def f{i}_{j}(self):\n    return {i * j}\n" for j in range(30)]
+                (path / folder / f"{i}.py").write_text(f"# {folder} {i}\n" + "".join(functions))
 
-    def config(self, name: str, steps: int, **more) -> None:
-        text = SMALL.format(shipped=ROOT / "configs" / name, steps=steps)
-        if "data" in more:
-            text = text.replace("validation_fraction: 0.2", f"validation_fraction: 0.2, {json.dumps(more['data'])[1:-1]}")
-        (self.path / "configs" / name).write_text(text)
+    def config(self, name: str, steps: int, data: str = "") -> None:
+        (self.path / "configs" / name).write_text(SMALL.format(shipped=ROOT / "configs" / name, steps=steps, data=data))
 
-    def run(self, command: str, seconds: float = 100) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", "-c", command], cwd=self.path, env=self.environment, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
-        )
+    def run(self, command: str) -> subprocess.CompletedProcess:
+        place = {"cwd": self.path, "env": self.environment, "stdin": subprocess.DEVNULL}
+        return subprocess.run(["bash", "-c", command], **place, capture_output=True, text=True, timeout=100)
 
     def rows(self) -> list[dict]:
-        file = self.path / "runs/quickstart/metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return read_rows(self.path / "runs/quickstart/metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Checkout:
     """With a quick start that was interrupted once by Ctrl-C, as the page says that one may."""
     place = Checkout(tmp_path_factory.mktemp("checkout"))
-    training = subprocess.Popen(
-        ["bigtrain", "train", "configs/quickstart.yaml"], cwd=place.path, env=place.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = ["bigtrain", "train", "configs/quickstart.yaml"]
+    training = subprocess.Popen(command, cwd=place.path, env=place.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     end = time.monotonic() + 100
     while len(place.rows()) < 3 and training.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
@@ -142,7 +140,7 @@ def test_what_it_says_of_mistakes(checkout):
 def test_the_folder_of_a_run_holds_what_it_says(checkout):
     listed = re.search(r"^    runs/quickstart/\n(.*?)\n\n", README, re.MULTILINE | re.DOTALL)[1]
     names = [name for line in listed.splitlines() for name in line.strip().split("    ")[0].split()]
-    there = {name for name in names if list((checkout.path / "runs/quickstart").glob(name.replace("00000400", "*").rstrip("/")))}
+    there = {name for name in names if list((checkout.path / "runs/quickstart").glob(name.replace("00000300", "*").rstrip("/")))}
     assert set(names) - there == {"tensorboard/"}  # switched off here
     assert len(names) > 8
 

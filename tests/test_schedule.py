@@ -1,5 +1,6 @@
 """Learning-rate schedules against their closed formulas, and what all of them share."""
 
+import itertools
 import math
 
 import pytest
@@ -50,8 +51,8 @@ def test_rises_to_one_then_never_rises(name, warmup):
     found = shares(config(name=name, warmup_steps=warmup, **decay))
     top = max(0, warmup - 1)
     assert found[top] == 1.0
-    assert all(a < b for a, b in zip(found[:top], found[1 : top + 1]))
-    assert all(a >= b for a, b in zip(found[top:], found[top + 1 :]))
+    assert all(a < b for a, b in itertools.pairwise(found[: top + 1]))
+    assert all(a >= b for a, b in itertools.pairwise(found[top:]))
     assert all(0 < share <= 1 for share in found)
 
 

@@ -49,6 +49,14 @@ def config(data, tmp_path):
     return made
 
 
+def started(config: Config) -> RunFolder:
+    """The folder of a run of `config` that has logged a row."""
+    run = RunFolder(Path(config.run.folder) / config.run.name)
+    create(config, run).close()
+    run.metrics.touch()
+    return run
+
+
 def checkpoint(config: Config, step: int, done: bool = False) -> Path:
     """The folder of a checkpoint of `config`, as far as a start looks at it."""
     path = Path(config.run.folder) / config.run.name / "checkpoints" / f"step-{step:08d}"
@@ -107,7 +115,7 @@ def test_new_resumed_and_done(config):
 
 
 def test_another_config_is_refused_with_the_difference(config):
-    create(config(), open_run(config()).run).close()
+    started(config())
     with pytest.raises(UserError) as caught:
         open_run(config(optimizer={"lr": 0.2}, model={"layers": 2}))
     lines = str(caught.value).splitlines()
@@ -116,8 +124,13 @@ def test_another_config_is_refused_with_the_difference(config):
     assert "--new" in lines[3]
 
 
-def test_a_long_difference_is_cut(config):
+def test_a_run_that_failed_before_its_first_step_protects_nothing(config):
     create(config(), open_run(config()).run).close()
+    assert open_run(config(train={"micro_batch": 1})).checkpoints == []
+
+
+def test_a_long_difference_is_cut(config):
+    started(config())
     changed = {"norm": "layernorm", "mlp": "gelu", "attention_bias": True, "mlp_bias": True, "tied_embeddings": True, "dropout": 0.1}
     with pytest.raises(UserError, match=r"\n  and 1 more\n"):
         open_run(
@@ -140,10 +153,9 @@ def test_a_long_difference_is_cut(config):
     ],
 )
 def test_what_a_resumed_run_may_change(config, changes):
-    start = open_run(config())
-    create(config(), start.run).close()
+    run = started(config())
     create(config(**changes), open_run(config(**changes)).run).close()
-    assert configfile.load(start.run.config) == config(**changes)  # the newest start's is kept
+    assert configfile.load(run.config) == config(**changes)  # the newest start's is kept
     assert set(changes) <= set(MAY_DIFFER_ON_RESUME)
 
 

@@ -1,6 +1,7 @@
 """Saved by one cut and loaded by another, to the bit; and a save that fails leaves what was there."""
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -30,7 +31,7 @@ def layouts(draw, shapes: dict[str, list[int]]):
     for name, shape in shapes.items():
         n = torch.Size(shape).numel()
         cuts = sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=4))})
-        for low, high in zip(cuts, cuts[1:]):
+        for low, high in itertools.pairwise(cuts):
             rank = layout[draw(st.integers(0, size - 1))]
             rank[draw(st.integers(0, len(rank) - 1))].append((name, low, high - low))
     return layout

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain import opbuild
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,7 +32,7 @@ def run_ranks(worker: str, world: int, folder: Path, seconds: float = 300, **arg
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world),
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions")),
+        **opbuild.environment(),
         "PYTHONPATH": os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels", ROOT / "launch", Path(__file__).parent)),
     }
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), worker, str(folder), json.dumps(arguments)]

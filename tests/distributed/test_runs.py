@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parent))
 from training import config, prepare_data, tensors
 
-from bigtrain import configfile
+from bigtrain import configfile, opbuild
 from bigtrain.checkpoint import format
 from bigtrain.cli import app
 from bigtrain.runfolder import RunFolder, latest_rows, read_rows
@@ -33,7 +33,7 @@ STEPS = 10
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
-    "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions")),
+    **opbuild.environment(),
     "PYTHONPATH": os.pathsep.join(str(p) for p in (ROOT, ROOT / "kernels", ROOT / "launch")),
 }
 
