@@ -132,14 +132,15 @@ def test_weights_alone(tmp_path):
         load_weights(Reader(plain), [], "ema")
 
 
-def test_a_part_that_is_missing_is_named(tmp_path):
+@pytest.mark.parametrize(("gone", "kept", "lacks"), [(3, 0, 3), (0, 3, 0)])
+def test_a_part_that_is_missing_is_named(tmp_path, gone, kept, lacks):
     path = write(tmp_path, 1)[0]
     index = json.loads((path / "index.json").read_text())
     # One fragment is gone and another stands twice: as many elements as before, not the right ones.
-    rows = [r for r in index["fragments"] if r[:3] != ["b", "model", 3]]
-    rows += [r for r in rows if r[:3] == ["b", "model", 0]] * 2
+    rows = [r for r in index["fragments"] if r[:3] != ["b", "model", gone]]
+    rows += [r for r in rows if r[:3] == ["b", "model", kept]] * 2
     (path / "index.json").write_text(json.dumps({**index, "fragments": rows}))
-    with pytest.raises(RunError, match="step-00000001: model of b lacks element 3 of 0 to 6"):
+    with pytest.raises(RunError, match=f"step-00000001: model of b lacks element {lacks} of 0 to 6"):
         Reader(path).tensor("b", "model")
     reader = Reader(path)
     with pytest.raises(RunError, match="v of b lacks element 0"):

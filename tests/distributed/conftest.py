@@ -38,10 +38,9 @@ def run_ranks(worker: str, world: int, folder: Path, seconds: float = 300, **arg
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), worker, str(folder), json.dumps(arguments)]
     processes = []
     for rank in range(world):
-        log = open(folder / f"rank-{rank}.log", "w")
         rank_environment = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen(command, env=rank_environment, stdout=log, stderr=subprocess.STDOUT))
-        log.close()
+        with open(folder / f"rank-{rank}.log", "w") as log:
+            processes.append(subprocess.Popen(command, env=rank_environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [p.wait(timeout=seconds) for p in processes]
     finally:
