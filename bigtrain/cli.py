@@ -21,7 +21,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BigtrainError as error:
-            if os.environ.get("RANK", "0") == "0":  # the other ranks found the same
+            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks found the same
                 print(f"bigtrain: {error}", file=sys.stderr)
             raise typer.Exit(error.code) from None
 
@@ -83,7 +83,10 @@ def train(
         output = RankOutput()
         from bigtrain.session import run_rank
 
-        raise typer.Exit(run_rank(source.config, here, output, new))
+        code = run_rank(source.config, here, output, new)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # gloo's threads outlive the interpreter now and then, and abort the process after it has ended well
 
     from bigtrain.start import complete, create, new_name, open_run, with_data
     from bigtrain_launch import local

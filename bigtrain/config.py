@@ -259,7 +259,9 @@ class Tracking(Section):
 
 class Launch(Section):
     ranks_per_node: Positive | None = None
-    """Processes on this machine; left out: one per GPU, or one without a GPU."""
+    """Processes on this machine; left out: one per GPU, or `cpu_ranks` without a GPU."""
+    cpu_ranks: Positive = 1
+    """Processes on a machine without a GPU."""
     port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     """Port on which the ranks meet; left out: a free one."""
     timeout: Annotated[float, Field(gt=0)] = 600.0

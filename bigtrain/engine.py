@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class Engine:
         self._config, self._precision = config, precision
         self._world = world
         settings = derive(config, batch, precision)
-        deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", verbose=False)
+        _start_collectives(world)
         model = _build(config.zero.stage, settings, world.device, build, initialise)
         groups = parameter_groups(model, config.optimizer)
         optimizer = _optimizer(config.optimizer, groups, config.zero.offload_optimizer, world.device.type)
@@ -104,6 +106,22 @@ class Engine:
     def loss_scale(self) -> float | None:
         """Current loss scale of fp16; None in the other precisions."""
         return float(self.deepspeed.optimizer.loss_scale) if self._precision == "fp16" else None
+
+
+def _start_collectives(world: World) -> None:
+    """Let DeepSpeed set up its collectives on the process group that is there.
+
+    Those for the host map a file of 66 MiB per rank in /dev/shm, by a name made of the port, and never remove it. Removed
+    before, a file that a killed run left is not mistaken for a peer's; removed once all ranks have mapped it, the memory
+    ends with the processes, however they end.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    shared = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{world.rank}")
+    shared.unlink(missing_ok=True)
+    world.barrier()
+    deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", verbose=False)
+    world.barrier()
+    shared.unlink(missing_ok=True)
 
 
 def _undo_first_step(optimizer: Any) -> None:

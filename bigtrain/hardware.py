@@ -99,8 +99,8 @@ def choose_precision(asked: str, hardware: Hardware) -> tuple[str, str]:
 
 
 def ranks(config: Config, hardware: Hardware) -> int:
-    """Processes to start on this machine: launch.ranks_per_node, else one per GPU, or one without a GPU."""
-    return config.launch.ranks_per_node or max(1, hardware.devices)
+    """Processes to start on this machine: launch.ranks_per_node, else one per GPU, or launch.cpu_ranks without a GPU."""
+    return config.launch.ranks_per_node or hardware.devices or config.launch.cpu_ranks
 
 
 def problems(config: Config, hardware: Hardware, world: int | None = None) -> list[tuple[str, str]]:

@@ -113,7 +113,11 @@ class _Terminal:
     def __init__(self, stream: _Unbreakable):
         from rich.console import Console
 
-        self._console = Console(file=stream, force_terminal=True, highlight=False, markup=False, emoji=False)
+        try:
+            width = os.get_terminal_size(stream.fileno()).columns  # rich would ask descriptors 0 to 2, which a rank has redirected
+        except OSError:
+            width = None
+        self._console = Console(file=stream, width=width, force_terminal=True, highlight=False, markup=False, emoji=False)
         self._bar = None
 
     def header(self, facts: dict[str, str]) -> None:

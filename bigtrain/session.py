@@ -25,6 +25,7 @@ from bigtrain.errors import DONE, FAILURE, STOPPED, AlreadyDone, BigtrainError, 
 from bigtrain.hardware import Hardware, choose_precision
 from bigtrain.logs import RankOutput
 from bigtrain.metrics import peak_memory_gib, peak_tflops
+from bigtrain.ranks import launched
 from bigtrain.runfolder import RunFolder, write_atomically
 from bigtrain.screen import Screen
 from bigtrain.start import complete, create, new_name, open_run, with_data
@@ -36,7 +37,8 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
     """Train as one rank of a run and return the exit code. What went wrong is on the screen, and in the rank's log."""
     screen = Screen(output.screen)
     attempt: Attempt | None = None
-    rank, alone = int(os.environ["RANK"]), True
+    variables = launched(os.environ)
+    rank, alone = int(variables["RANK"]) if variables else 0, True
     code, reason = DONE, "done"
     try:
         world = World.join("cpu" if hardware.kind == "cpu" else "cuda", config.launch.timeout)
@@ -249,11 +251,12 @@ def _header(facts: dict[str, Any], config: Config, batch: Batch, attempt: Attemp
     tokens, steps = batch.global_batch * config.data.sequence_length, config.train.steps
     size = f"{facts['parameters'] / 1e6:,.1f} M parameters"
     offloaded = ", optimizer offloaded" if config.zero.offload_optimizer else ""
+    passes = f"{batch.accumulation} pass{'es' * (batch.accumulation > 1)} a step"
     device = f"{facts['ranks']} ranks, {hardware['name']}" if facts["ranks"] > 1 else f"1 rank, {hardware['name']}"
     return {
         "model": f"{size}: {model.layers} layers, {model.width} wide, vocabulary {model.vocab_size:,}",
         "data": f"{config.data.folder}, {tokens:,} tokens a step, {steps * tokens / 1e6:,.1f} M in {steps:,} steps",
-        "batch": f"{batch.global_batch} sequences of {config.data.sequence_length}: {batch.micro_batch} a rank, {batch.accumulation} times",
+        "batch": f"{batch.global_batch} sequences of {config.data.sequence_length}: {batch.micro_batch} a rank, {passes}",
         "training": f"{config.optimizer.name}, ZeRO stage {config.zero.stage}{offloaded}",
         "precision": f"{facts['precision']} ({facts['precision_reason']})",
         "hardware": f"{device}; peak {facts['peak_tflops']:,.2f} TFLOP/s in all ({facts['peak_source']})",

@@ -57,8 +57,8 @@ def scaled_down(name: str, folder: Path) -> list[str]:
 def test_fits_the_hardware_that_it_is_meant_for(name):
     config = configfile.load(CONFIGS / name)
     world = 8 * NODES.get(name, 1)
-    here = LAPTOP if config.launch.ranks_per_node else GPUS
-    world = config.launch.ranks_per_node or world
+    here = LAPTOP if config.launch.cpu_ranks > 1 else GPUS
+    world = config.launch.cpu_ranks if here is LAPTOP else world
     assert hardware.problems(config, here, world) == []
     batch = batch_arithmetic(config.train, world)
     assert batch.micro_batch * batch.accumulation * world == batch.global_batch, "sequences of weight zero in every step"

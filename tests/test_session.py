@@ -42,10 +42,11 @@ def ended(tmp_path, monkeypatch):
     """Let rank `n`'s training be `train()`: ended(train, n) -> (exit code, screen, attempt.json or None)."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
-    def run(train, rank: int = 0, decide=None, join=None):
+    def run(train, rank: int = 0, decide=None, join=None, **environment):
         folder = RunFolder(tmp_path / "r")
         attempt = session.Attempt(folder, folder.start_attempt())
-        monkeypatch.setenv("RANK", str(rank))
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, **environment}.items():
+            monkeypatch.setenv(name, str(value)) if value is not None else monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(session.World, "join", join or (lambda accelerator, timeout: SimpleNamespace(rank=rank)))
         monkeypatch.setattr(session, "_decide", decide or (lambda config, world, new: (config, attempt, None)))
         monkeypatch.setattr(session, "_train", lambda *arguments: train())
@@ -110,6 +111,13 @@ def test_failing_to_meet_is_said_by_every_rank(ended):
         assert ended(None, rank, join=fails(RunError("did not meet")))[:2] == (1, "bigtrain: did not meet\n")
     assert ended(None, 1, join=fails(UserError("no address")))[:2] == (2, "")
     assert ended(None, 0, join=fails(UserError("no address")))[:2] == (2, "bigtrain: no address\n")
+
+
+def test_failing_to_meet_under_srun(ended):
+    """srun sets no RANK: that comes when the ranks have met."""
+    srun = {"RANK": None, "WORLD_SIZE": None, "SLURM_STEP_ID": 0, "SLURM_NTASKS": 2}
+    for rank, says in ((0, "bigtrain: no address\n"), (1, "")):
+        assert ended(None, join=fails(UserError("no address")), SLURM_PROCID=rank, **srun)[:2] == (2, says)
 
 
 def test_what_is_refused_leaves_no_attempt(ended):

@@ -111,9 +111,15 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """Size and checksum of every file below `folder`."""
-    return {"version": VERSION, "files": {str(p.relative_to(folder)): [p.stat().st_size, checksum(p)] for p in sorted(_files(folder))}}
+def entry(path: Path) -> list[Any]:
+    """What the manifest says of a file: size and checksum."""
+    return [path.stat().st_size, checksum(path)]
+
+
+def manifest(folder: Path, known: dict[str, list[Any]]) -> dict[str, Any]:
+    """The entry of every file below `folder`; those in `known` are not read again."""
+    names = {str(p.relative_to(folder)): p for p in sorted(_files(folder))}
+    return {"version": VERSION, "files": {name: known.get(name) or entry(path) for name, path in names.items()}}
 
 
 def verify(checkpoint: Path) -> None:

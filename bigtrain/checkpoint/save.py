@@ -40,14 +40,15 @@ def save(
     problem = _attempt(world.first, lambda: _fresh(folder, temporary))
     _agree(world, problem, temporary, final)
 
-    fragments: list[Fragment] = []
-    problem = _attempt(True, lambda: fragments.extend(_write_rank(temporary, partitions, world)))
+    written: list[Any] = []
+    problem = _attempt(True, lambda: written.extend(_write_rank(temporary, partitions, world)))
     _agree(world, problem, temporary, final)
 
-    gathered = world.gather([[f.parameter, f.kind, f.offset, f.length, f.file, f.key] for f in fragments])
+    gathered = world.gather(written)
 
     def commit() -> None:
-        index = Index(shapes, [Fragment(*row) for rows in gathered for row in rows])
+        index = Index(shapes, [Fragment(*row) for rows, _ in gathered for row in rows])
+        sums = {name: entry for _, listed in gathered for name, entry in listed.items()}
         _write(temporary / "index.json", json.dumps(index.to_json()))
         _write(temporary / "state.json", json.dumps(state, indent=1))
         for name, content in files.items():
@@ -55,9 +56,10 @@ def save(
                 shutil.copytree(content, temporary / name)
             else:
                 _write(temporary / name, content)
-        _write(temporary / "manifest.json", json.dumps(format.manifest(temporary), indent=1))
+        _write(temporary / "manifest.json", json.dumps(format.manifest(temporary, sums), indent=1))
         for path in [*temporary.rglob("*"), temporary]:
-            format.sync(path)
+            if path.name not in sums:  # the ranks have done theirs
+                format.sync(path)
         if final.exists():  # the same step again, after a resume went back behind it
             _remove(final)
         temporary.rename(final)
@@ -88,7 +90,8 @@ def _fresh(folder: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _write_rank(folder: Path, partitions: list[Partition], world: World) -> list[Fragment]:
+def _write_rank(folder: Path, partitions: list[Partition], world: World) -> tuple[list[list[Any]], dict[str, list[Any]]]:
+    """Write this rank's file; its fragments, as the index lists them, and its entry for the manifest."""
     name = f"rank-{world.rank:05d}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
     fragments = []
@@ -98,13 +101,14 @@ def _write_rank(folder: Path, partitions: list[Partition], world: World) -> list
         for kind, (tensor, pieces) in partition.tensors().items():
             for piece in pieces:
                 key = str(len(fragments))
-                fragments.append(Fragment(piece.name, kind, piece.offset, piece.length, name, key))
+                fragments.append([piece.name, kind, piece.offset, piece.length, name, key])
                 # A copy of its own: safetensors refuses views that share storage.
                 tensors[key] = tensor[piece.start : piece.start + piece.length].to("cpu", torch.float32, copy=True)
                 if kind == "model" and not tensors[key].isfinite().all():  # the last good checkpoint must stay the newest
                     raise RunError(f"the weights of {piece.name} are not finite")
     save_file(tensors, folder / name)
-    return fragments
+    format.sync(folder / name)
+    return fragments, {name: format.entry(folder / name)}
 
 
 def _write(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ from bigtrain.cli import app
 from bigtrain.runfolder import RunFolder, latest_rows, read_rows
 
 ROOT = Path(__file__).parents[2]
-STEPS = 10
+STEPS = 30
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -40,7 +40,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Prepared data and c.yaml, a run of 10 steps on two ranks with a checkpoint every 2 and an evaluation every 5."""
+    """Prepared data and c.yaml, a run of 30 steps on two ranks with a checkpoint every 10 and an evaluation every 15."""
     folder = tmp_path_factory.mktemp("runs")
     prepare_data(folder)
     settings = config(
@@ -48,8 +48,8 @@ def folder(tmp_path_factory) -> Path:
         data={"validation_fraction": 0.2},
         train={"steps": STEPS, "ema_decay": 0.5},
         schedule={"warmup_steps": 2},
-        checkpoint={"every": 2},
-        evaluate={"every": 5, "sequences": 8},
+        checkpoint={"every": 10},
+        evaluate={"every": 15, "sequences": 8},
         generate={"prompts": ["document"], "tokens": 4},
         launch={"ranks_per_node": 2},
     )
@@ -128,7 +128,7 @@ def straight(folder, warm) -> RunFolder:
 def test_the_folder_is_as_promised(straight):
     found = {p.name for p in straight.path.iterdir()}
     assert found == {".lock", "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "attempts", "report.html"}
-    assert [p.name for p in format.checkpoints(straight.checkpoints)] == ["step-00000008", "step-00000010"]
+    assert [p.name for p in format.checkpoints(straight.checkpoints)] == ["step-00000020", "step-00000030"]
     assert straight.attempts() == [1]
     assert {p.name for p in straight.attempt(1).iterdir()} == {"attempt.json", "environment.json", "logs"}
     assert sorted(p.name for p in (straight.attempt(1) / "logs").iterdir()) == ["rank-00000.log", "rank-00001.log"]
@@ -145,12 +145,12 @@ def test_its_rows(straight):
     assert [row["lr"] for row in steps[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
     assert [row["tokens"] for row in steps] == [8 * 32 * n for n in range(1, STEPS + 1)]
     for row in steps:
-        assert 5 < row["loss"] < 6 and row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and 0 < row["mfu"] < 1.5 and row["step_s"] > 0
+        assert 3 < row["loss"] < 6 and row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and 0 < row["mfu"] < 1.5 and row["step_s"] > 0
     assert steps[-1]["loss"] < steps[0]["loss"]
     evaluations = [row for row in rows if "validation_loss" in row]
-    assert [row["step"] for row in evaluations] == [5, 10]
+    assert [row["step"] for row in evaluations] == [15, 30]
     assert all(row["perplexity"] == pytest.approx(math.exp(row["validation_loss"])) for row in evaluations)
-    assert [(row["step"], row["prompt"]) for row in read_rows(straight.samples)] == [(5, "document"), (10, "document")]
+    assert [(row["step"], row["prompt"]) for row in read_rows(straight.samples)] == [(15, "document"), (30, "document")]
 
 
 def test_its_record(straight):
@@ -165,7 +165,7 @@ def test_its_record(straight):
 
 def test_a_second_start_says_that_it_is_complete(folder, straight, warm):
     codes, screen = warm(folder, 2, "run.name=straight")
-    assert codes == [0, 0] and screen.startswith(f"bigtrain: {straight.path} is complete at step 10; ") and screen.count("\n") == 1
+    assert codes == [0, 0] and screen.startswith(f"bigtrain: {straight.path} is complete at step 30; ") and screen.count("\n") == 1
     assert straight.attempts() == [1]
 
 
@@ -180,7 +180,7 @@ def test_evaluate_and_generate(straight):
     last = latest_rows(straight.metrics, "validation_loss")[-1]
     result = invoke(app, ["evaluate", str(straight.path), "--sequences", "8"])
     found = json.loads(result.stdout)
-    assert result.exit_code == 0 and found["step"] == 10 and found["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
+    assert result.exit_code == 0 and found["step"] == 30 and found["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
     average = json.loads(invoke(app, ["evaluate", str(straight.path), "--sequences", "8", "--weights", "ema"]).stdout)
     assert average["validation_loss"] != found["validation_loss"]
     # The samples of a run and the command draw alike.
@@ -204,10 +204,8 @@ def test_stopped_on_request_and_gone_on_with(folder, straight, warm, start):
     """The launcher passes SIGTERM on, the run saves and ends with 75, and the same command ends where `straight` ended."""
     run, first = run_of(folder, "stopped"), start(folder, "run.name=stopped")
     wait_for_step(run, 2, first)
-    second = warm(folder, 1, "run.name=stopped")  # at the same time
     first.send_signal(signal.SIGTERM)
     screen = first.communicate(timeout=60)[0]
-    assert second[0] == [2] and "another process is training this run (process " in second[1] and run.attempts() == [1]
     assert first.returncode == 75, screen
     stopped = int(re.search(r"^bigtrain: stopped on request after step (\d+); the same command goes on", screen, re.MULTILINE)[1])
     assert 2 <= stopped < STEPS, "too late to be stopped: give the run more steps"
@@ -223,6 +221,15 @@ def test_stopped_on_request_and_gone_on_with(folder, straight, warm, start):
     assert losses(run) == losses(straight)
     ours, theirs = (tensors(format.checkpoints(r.checkpoints)[-1]) for r in (run, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_two_starts_at_once(folder, warm):
+    run = run_of(folder, "busy")
+    run.path.mkdir(parents=True)
+    with run.lock():
+        codes, screen = warm(folder, 2, "run.name=busy")
+    assert codes == [2, 2] and f"{run.path}: another process is training this run; wait for it, stop it, or pass --new" in screen
+    assert run.attempts() == []
 
 
 def test_another_config_is_refused(folder, straight, warm):
