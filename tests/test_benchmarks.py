@@ -126,6 +126,7 @@ def test_results_survive_a_variant_that_fails(tmp_path, monkeypatch, capsys):
         return measurement(case.variant, case.round, case.ranks, case.dtype)
 
     monkeypatch.setattr(throughput, "look", lambda: CPU)
+    monkeypatch.setattr(throughput, "versions", dict)  # the test extra has no accelerate
     monkeypatch.setattr(throughput.Bench, "prepare", lambda bench: bench.folder.mkdir())
     monkeypatch.setattr(throughput.Bench, "measure", measure)
     options = ["--anyway", "--rounds", "2", "--layout", "1", "--only", "bigtrain", "trainer", "deepspeed-ours", "--folder", str(tmp_path)]

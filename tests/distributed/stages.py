@@ -13,6 +13,10 @@ from bigtrain.checkpoint.state import link, partitions
 from bigtrain.errors import StopRequested
 
 
+CROSSED = [(1, True), (2, False), (3, False)]
+"""(stage, offload) that also load stage 0's checkpoint: one place for each kind of layout."""
+
+
 def rows_of(t) -> list[list[float]]:
     """Makes the trainer's report collect [step, loss, gradient norm]."""
     rows: list[list[float]] = []
@@ -101,7 +105,7 @@ def optimizers(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
         rows, problems = train()
         result[name] = {"straight": rows, "problems": problems}
         saved = [folder / "runs" / run / "checkpoints" / "step-00000003" for run in (f"{optimizer}-0-False", name)]
-        if stage:
+        if (stage, offload) in CROSSED:
             result[name]["cross"] = train(saved[0])[0]
         if optimizer == "muon":
             result[name]["resumed"] = train(saved[1])[0]

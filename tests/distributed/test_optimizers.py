@@ -30,7 +30,7 @@ def test_optimizer_at_stage(runs, optimizer, stage, offload):
     tolerance = 2e-3 if optimizer == "muon" else 2e-5
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=0)
     assert result["problems"] == []
-    if stage:
+    if "cross" in result:
         torch.testing.assert_close(torch.tensor([row[1] for row in result["cross"]]), expected[3:], rtol=tolerance, atol=0)
     if optimizer == "muon":
         assert result["resumed"] == result["straight"][3:]

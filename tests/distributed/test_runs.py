@@ -203,12 +203,12 @@ def wait_for_step(run: RunFolder, step: int, process: subprocess.Popen, seconds:
 def test_stopped_on_request_and_gone_on_with(folder, straight, warm, start):
     """The launcher passes SIGTERM on, the run saves and ends with 75, and the same command ends where `straight` ended."""
     run, first = run_of(folder, "stopped"), start(folder, "run.name=stopped")
-    wait_for_step(run, 2, first)
+    wait_for_step(run, 1, first)
     first.send_signal(signal.SIGTERM)
     screen = first.communicate(timeout=60)[0]
     assert first.returncode == 75, screen
     stopped = int(re.search(r"^bigtrain: stopped on request after step (\d+); the same command goes on", screen, re.MULTILINE)[1])
-    assert 2 <= stopped < STEPS, "too late to be stopped: give the run more steps"
+    assert 1 <= stopped < STEPS, "too late to be stopped: give the run more steps"
     ended = attempt_of(run, 1)
     assert ended["exit_code"] == 75 and ended["reason"].startswith(f"stopped on request after step {stopped}")
     newest = format.checkpoints(run.checkpoints)[-1]
