@@ -20,11 +20,6 @@ POLL_SECONDS = 0.05
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 
-HOST_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4194304"}
-"""For ranks that compute in host memory: buffers of 4 MiB and more go back to the system when they are freed, where glibc
-would keep ever larger ones (peak 0.86 instead of 0.97 GiB on benchmarks/throughput.yaml), and lie in huge pages, which pays
-for asking again."""
-
 
 def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Mapping[str, str], threads: int | None) -> int:
     """Run `python -m bigtrain *argv` as `ranks` processes on this machine and return their common exit code.
