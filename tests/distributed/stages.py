@@ -12,7 +12,6 @@ from bigtrain.checkpoint import format
 from bigtrain.checkpoint.state import link, partitions
 from bigtrain.errors import StopRequested
 
-
 CROSSED = [(1, True), (2, False), (3, False)]
 """(stage, offload) that also load stage 0's checkpoint: one place for each kind of layout."""
 
