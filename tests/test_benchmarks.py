@@ -126,7 +126,7 @@ def test_results_survive_a_variant_that_fails(tmp_path, monkeypatch, capsys):
         return measurement(case.variant, case.round, case.ranks, case.dtype)
 
     monkeypatch.setattr(throughput, "look", lambda: CPU)
-    monkeypatch.setattr(throughput, "versions", dict)  # the test extra has no accelerate
+    monkeypatch.setattr(throughput, "versions", lambda: {"torch": "2"})  # the test extra has no accelerate
     monkeypatch.setattr(throughput.Bench, "prepare", lambda bench: bench.folder.mkdir())
     monkeypatch.setattr(throughput.Bench, "measure", measure)
     options = ["--anyway", "--rounds", "2", "--layout", "1", "--only", "bigtrain", "trainer", "deepspeed-ours", "--folder", str(tmp_path)]
@@ -147,9 +147,9 @@ def python(code):
 
 def test_memory_of_the_largest_process_and_of_what_it_started(tmp_path):
     small = processes.run([python("pass")] * 2, tmp_path / "log", 60)
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'bytearray({256 << 20}).find(1)'])"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'bytearray({1 << 30}).find(1)'])"
     large = processes.run([python("pass"), python(child)], tmp_path / "log", 60)
-    assert small.resident_gib < 0.25 <= large.resident_gib
+    assert small.resident_gib < 1 <= large.resident_gib  # the small one counts what its parent held when it forked
     assert abs(large.started - time.time()) < 60
 
 

@@ -85,7 +85,7 @@ class Checkout:
             "OMP_NUM_THREADS": "1",
         }
         (path / "configs/finetune").mkdir(parents=True)
-        self.config("quickstart.yaml", steps=150, data="source: text, path: texts, bpe_vocab_size: 300,")
+        self.config("quickstart.yaml", steps=1000, data="source: text, path: texts, bpe_vocab_size: 300,")
         self.config("finetune/quickstart.yaml", steps=2)
         for folder in ("texts", "my-texts"):
             (path / folder).mkdir()

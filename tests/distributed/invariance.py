@@ -12,6 +12,9 @@ STEPS, LENGTH = 3, 32
 EPS = 1e-4  # AdamW divides by the gradient's size: with a smaller eps it blows rounding of gradients near zero up to a whole step
 
 
+CLIP = {"adamw": 0.5, "sgd": None}  # a clipped step is blind to the gradient's scale, and so is AdamW: SGD without it is not
+
+
 def documents(step: int) -> list[torch.Tensor]:
     """Eight documents of one global batch; with 2 to 17 tokens their numbers of targets are very uneven."""
     generator = torch.Generator().manual_seed(step)
@@ -60,8 +63,8 @@ def micro_batches(step: int, packed: bool, batch, rank: int) -> list[dict]:
     return made
 
 
-def train(world, folder: Path, data: str, layouts: list) -> dict[str, list[float]]:
-    """For each (stage, accumulation, packed, optimizer): the losses; the weights after STEPS go into a checkpoint."""
+def train(world, folder: Path, data: str, layouts: list) -> dict[str, list[list[float]]]:
+    """For each (stage, accumulation, packed, optimizer): losses and gradient norms; the weights after STEPS go into a checkpoint."""
     losses = {}
     for stage, accumulation, packed, optimizer in layouts:
         name = f"{world.size}-{stage}-{accumulation}-{packed}-{optimizer}"
@@ -69,14 +72,14 @@ def train(world, folder: Path, data: str, layouts: list) -> dict[str, list[float
         settings = config(
             Path(data),
             run={"name": name, "folder": str(folder / "runs")},
-            train={"steps": STEPS, "global_batch": sequences, "micro_batch": None, "accumulation": accumulation, "clip": 0.5},
+            train={"steps": STEPS, "global_batch": sequences, "micro_batch": None, "accumulation": accumulation, "clip": CLIP[optimizer]},
             optimizer={"lr": 0.01, "name": optimizer, "eps": EPS},
             zero={"stage": stage},
             schedule={"name": "constant", "warmup_steps": 0},
         )
         t = trainer(settings, world)
-        seen: list[float] = []
-        t.report.step = lambda row, seen=seen: seen.append(row["loss"])
+        seen: list[list[float]] = []
+        t.report.step = lambda row, seen=seen: seen.append([row["loss"], row["grad_norm"]])
         for step in range(STEPS):
             t.unlogged = t.train_step(micro_batches(step, packed, t.batch, world.rank), time.perf_counter())
             t.progress.step += 1
@@ -87,7 +90,7 @@ def train(world, folder: Path, data: str, layouts: list) -> dict[str, list[float
     return losses
 
 
-def reference(optimizer: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def reference(optimizer: str) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """The same three steps in float64 in a few lines of plain torch: no DeepSpeed, no trainer, one document at a time."""
     from training import MODEL
 
@@ -115,9 +118,9 @@ def reference(optimizer: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         loss = total / count
         made.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP[optimizer] or float("inf"))
         made.step()
-        losses.append(loss.item())
+        losses.append([loss.item(), norm.item()])
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
