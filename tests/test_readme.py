@@ -127,7 +127,7 @@ def test_command(checkout, command):
     assert SAYS.get(command, "") in result.stdout + result.stderr
     if command == "bigtrain train configs/quickstart.yaml":
         assert {row["attempt"] for row in checkout.rows()} == {1, 2}
-        assert sorted({row["step"] for row in checkout.rows() if "loss" in row}) == list(range(1, 151))
+        assert sorted({row["step"] for row in checkout.rows() if "loss" in row}) == list(range(1, 1001))
 
 
 def test_what_it_says_of_mistakes(checkout):
