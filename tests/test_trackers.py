@@ -230,7 +230,6 @@ def in_wandb(mode, run, tmp_path, **environment):
 
 
 def test_wandb_offline_keeps_the_metrics_and_no_secrets(run, tmp_path):
-    pytest.importorskip("wandb")
     done = in_wandb("offline", run, tmp_path, MY_TOKEN="secret-in-environment")
     assert done.returncode == 0 and done.stdout == "said-on-the-terminal\n", done.stdout + done.stderr
     (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
@@ -247,7 +246,6 @@ UNREACHABLE = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"
 
 @pytest.mark.parametrize("environment", [{}, UNREACHABLE], ids=["no account", "unreachable"])
 def test_wandb_that_cannot_be_reached_is_one_warning(run, tmp_path, environment):
-    pytest.importorskip("wandb")
     done = in_wandb("online", run, tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("WARNED") == 1 and "wandb was switched off" in done.stdout
