@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ class Engine:
         self._config, self._precision = config, precision
         self._world = world
         settings = derive(config, batch, precision)
+        if world.device.type == "cpu":
+            # torch's optimizers import torch._dynamo and with it Triton's compiler, 70 MiB that a CPU rank has no use for;
+            # None has Python answer that it is not installed. Kernels that run in its interpreter have imported it by now.
+            sys.modules.setdefault("triton", None)
         _start_collectives(world)
         model = _build(config.zero.stage, settings, world.device, build, initialise)
         groups = parameter_groups(model, config.optimizer)

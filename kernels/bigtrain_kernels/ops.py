@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused, reference
+from . import fused, host, reference
 from .reference import IGNORE, rope_angles
 
 __all__ = [
@@ -62,7 +62,8 @@ def attention(
     that sees no key gives 0. `scale` multiplies the scores, 1 / sqrt(D) if left out. `mask` is what `attention_mask` made
     of the same arguments; left out, it is made here.
     """
-    T, S, H, G = q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.shape[2], k_BSGD.shape[2]
+    _, T, H, D = q_BTHD.shape
+    S, G = k_BSGD.shape[1:3]
     if document_BT is not None and T != S:
         raise ValueError(f"document_BT needs as many queries as keys, found {T} and {S}")
     if mask is None:
@@ -72,6 +73,10 @@ def attention(
     if mask is not None and G != H and q_BTHD.is_cuda:
         k_BGSD, v_BGSD = k_BGSD.repeat_interleave(H // G, 1), v_BGSD.repeat_interleave(H // G, 1)
     is_causal = causal and mask is None and T > 1
+    if q_BTHD.dtype == torch.bfloat16 and q_BTHD.device.type == "cpu" and torch.is_grad_enabled():
+        k_BHSD, v_BHSD = (x.repeat_interleave(H // G, 1) if G != H else x for x in (k_BGSD, v_BGSD))
+        out_BHTD = host.Attention.apply(q_BHTD, k_BHSD, v_BHSD, mask, is_causal, D**-0.5 if scale is None else scale)
+        return out_BHTD.transpose(1, 2)
     out_BHTD = F.scaled_dot_product_attention(
         q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=k_BGSD.shape[1] != H
     )
