@@ -37,45 +37,49 @@ class Attention(torch.autograd.Function):
         # With P = exp(scale Q K^T - lse) and delta = rowsum(dO * O): dV = P^T dO, dS = P * (dO V^T - delta),
         # dQ = scale dS K, dK = scale dS^T Q (Dao 2023, FlashAttention-2, algorithm 2). The two subtractions ride along in
         # the products, as columns that meet a column of ones; each takes two, which together keep 16 bits of the subtrahend.
-        q_BHTD, k_BHSD, v_BHSD, out_BHTD, lse_BHT, mask = ctx.saved_tensors
-        B, H, T, D = q_BHTD.shape
-        S = k_BHSD.shape[2]
-        delta_BHT = torch.linalg.vecdot(grad_BHTD.float(), out_BHTD.float())
-        seen_BHT = lse_BHT.isfinite()  # a query that sees no key has no score to subtract from
-        q, k = _extended(q_BHTD, -lse_BHT.where(seen_BHT, 0), ctx.scale), _extended(k_BHSD, None)
-        g, v = _extended(grad_BHTD, -delta_BHT), _extended(v_BHSD, None)
-        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q_BHTD, k_BHSD, v_BHSD))
-        above = torch.full((KEYS, KEYS), float("-inf"), dtype=q.dtype).triu_(1) if ctx.causal else None
+        *inputs, lse_BHT, mask = ctx.saved_tensors
+        B, H, T, D = inputs[0].shape
+        S = inputs[1].shape[2]
+        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in inputs[:3])
         heads = max(1, SCORES // (T * KEYS))
         for b in range(B):
             for h in range(0, H, heads):
                 chunk = b, slice(h, h + heads)
-                grad_q_CTD = torch.zeros(grad_q[chunk].shape, dtype=torch.float32)
+                q_CTD, k_CSD, v_CSD, out_CTD = (x[chunk] for x in inputs)
+                g_CTD, lse_CT = grad_BHTD[chunk], lse_BHT[chunk]
+                lse_CT = lse_CT.where(lse_CT.isfinite(), 0)  # a query that sees no key has no score to subtract from
+                delta_CT = torch.linalg.vecdot(g_CTD.float(), out_CTD.float())
+                q_CTD, k_CSD = _extended(q_CTD * ctx.scale, -lse_CT), _extended(k_CSD, None)
+                g_CTD, v_CSD = _extended(g_CTD, -delta_CT), _extended(v_CSD, None)
+                grad_q_CTD = None
                 for start in range(0, S, KEYS):
                     keys = slice(start, start + KEYS)
                     rows = slice(start if ctx.causal else 0, T)
-                    q_CXD, k_CYD, g_CXD, v_CYD = q[chunk][:, rows], k[chunk][:, keys], g[chunk][:, rows], v[chunk][:, keys]
-                    p_CXY = q_CXD @ k_CYD.mT
-                    if above is not None:
-                        Y = k_CYD.shape[1]
-                        p_CXY[:, :Y] += above[:Y, :Y]
-                    elif mask is not None:
+                    q_CXD, k_CYD, g_CXD, v_CYD = q_CTD[:, rows], k_CSD[:, keys], g_CTD[:, rows], v_CSD[:, keys]
+                    p_CXY = torch.bmm(q_CXD, k_CYD.mT)
+                    if mask is not None:
                         p_CXY += mask[b if len(mask) > 1 else 0, :, rows, keys]
                     p_CXY.exp_()
-                    ds_CXY = (g_CXD @ v_CYD.mT).mul_(p_CXY)
-                    grad_v[chunk][:, keys] = p_CXY.mT @ g_CXD[..., :D]
-                    grad_k[chunk][:, keys] = ds_CXY.mT @ q_CXD[..., :D]
-                    grad_q_CTD[:, rows] += ds_CXY @ k_CYD[..., :D]
+                    if ctx.causal:
+                        p_CXY[:, : k_CYD.shape[1]].tril_()
+                    ds_CXY = torch.bmm(g_CXD, v_CYD.mT).mul_(p_CXY)
+                    torch.bmm(p_CXY.mT, g_CXD[..., :D], out=grad_v[chunk][:, keys])
+                    torch.bmm(ds_CXY.mT, q_CXD[..., :D], out=grad_k[chunk][:, keys])
+                    part_CXD = torch.bmm(ds_CXY, k_CYD[..., :D])
+                    if grad_q_CTD is None:
+                        grad_q_CTD = part_CXD.float()
+                    else:
+                        grad_q_CTD[:, rows] += part_CXD
                 grad_q[chunk] = grad_q_CTD.mul_(ctx.scale)
         return grad_q, grad_k, grad_v, None, None, None
 
 
-def _extended(x_BHTD: Tensor, column_BHT: Tensor | None, scale: float = 1.0) -> Tensor:
-    """scale * x with two more columns, [B, H, T, D + 2]: their sum is `column_BHT`, or each is one."""
-    B, H, T, D = x_BHTD.shape
-    y = torch.ones(B, H, T, D + 2, dtype=x_BHTD.dtype)
-    torch.mul(x_BHTD, scale, out=y[..., :D])
-    if column_BHT is not None:
-        y[..., D] = column_BHT
-        y[..., D + 1] = column_BHT - y[..., D]
+def _extended(x_CTD: Tensor, column_CT: Tensor | None) -> Tensor:
+    """`x` with two more columns, [C, T, D + 2]: their sum is `column_CT`, or each is one."""
+    C, T, D = x_CTD.shape
+    y = torch.ones(C, T, D + 2, dtype=x_CTD.dtype)
+    y[..., :D] = x_CTD
+    if column_CT is not None:
+        y[..., D] = column_CT
+        y[..., D + 1] = column_CT - y[..., D]
     return y
