@@ -218,9 +218,25 @@ class Zero(Section):
     """Reduce gradients while the backward pass still runs (GPU)."""
 
 
+Backend = Literal["torch", "triton"]
+
+
 class Kernels(Section):
-    backend: Literal["auto", "torch"] = "auto"
-    """Which implementation of attention, norm, rope, MLP and loss."""
+    """Who computes the operators of a block and the loss: plain torch, or bigtrain's Triton kernels."""
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """For all of them; auto: triton on a GPU, torch elsewhere."""
+    attention: Backend | None = None
+    """For attention alone; left out: as `backend` says. The same below."""
+    norm: Backend | None = None
+    rope: Backend | None = None
+    mlp: Backend | None = None
+    loss: Backend | None = None
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The families that differ from `backend`."""
+        return {name: value for name, value in self.model_dump(exclude={"backend"}).items() if value is not None}
 
 
 class Checkpoint(Section):

@@ -31,6 +31,7 @@ from bigtrain.screen import Screen
 from bigtrain.start import complete, create, new_name, open_run, with_data
 from bigtrain.trackers import Trackers
 from bigtrain.world import World
+from bigtrain_kernels.ops import Backends
 
 
 def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) -> int:
@@ -168,6 +169,7 @@ def _train(config: Config, hardware: Hardware, world: World, attempt: Attempt, c
         parameters = trainer.engine.module.count_parameters()
         if trackers:
             facts = _environment(config, batch, hardware, world, precision, precision_reason, parameters, peak, peak_source)
+            facts["kernels"] = trainer.backends._asdict()
             attempt.environment(facts)
             screen.header(_header(facts, config, batch, attempt, checkpoint))
         if checkpoint:
@@ -259,6 +261,7 @@ def _header(facts: dict[str, Any], config: Config, batch: Batch, attempt: Attemp
         "batch": f"{batch.global_batch} sequences of {config.data.sequence_length}: {batch.micro_batch} a rank, {passes}",
         "training": f"{config.optimizer.name}, ZeRO stage {config.zero.stage}{offloaded}",
         "precision": f"{facts['precision']} ({facts['precision_reason']})",
+        "kernels": str(Backends(**facts["kernels"])),
         "hardware": f"{device}; peak {facts['peak_tflops']:,.2f} TFLOP/s in all ({facts['peak_source']})",
         "run": f"{attempt.run.path}, attempt {attempt.number}" + (f", resuming {checkpoint.name}" if checkpoint else ""),
     }

@@ -36,7 +36,7 @@ from bigtrain.runfolder import RunFolder
 from bigtrain.schedule import learning_rate_share
 from bigtrain.tasks import make_task
 from bigtrain.world import World
-from bigtrain_kernels.ops import resolve_backend
+from bigtrain_kernels.ops import resolve_backends
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -98,13 +98,16 @@ class Trainer:
 
     def _engine(self) -> Engine:
         config = self.config
-        backend = resolve_backend(config.kernels.backend, self.world.device)
+        try:
+            self.backends = resolve_backends(self.world.device, config.kernels.backend, config.kernels.choices)
+        except ValueError as error:
+            raise UserError(f"kernels: {error}") from None
         return Engine(
             config,
             self.batch,
             self.precision,
             self.world,
-            build=lambda: Transformer(config.model, config.model.vocab_size, backend),
+            build=lambda: Transformer(config.model, config.model.vocab_size, self.backends),
             initialise=lambda name, p: p.copy_(initial_value(name, p.shape, config.model, config.train.seed)),
         )
 

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "triton": {"bigtrain_kernels"},
 }
 LAUNCH_MAY_USE = {"pydantic", "yaml", "rich", "bigtrain.errors", "bigtrain.config", "bigtrain.runfolder", "bigtrain_launch"}
-KERNELS_MAY_USE = {"torch", "triton", "bigtrain_kernels"}
+KERNELS_MAY_USE = {"torch", "triton", "numpy", "bigtrain_kernels"}  # numpy: Triton's interpreter is made of it
 WITHOUT_TORCH = {
     "__init__",
     "errors",

@@ -18,7 +18,7 @@ from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.tokenizer import load as load_tokenizer
 from bigtrain.errors import RunError, UserError
 from bigtrain.model.transformer import Transformer
-from bigtrain_kernels.ops import resolve_backend
+from bigtrain_kernels.ops import resolve_backends
 
 if TYPE_CHECKING:  # it imports deepspeed, which evaluating and generating do without
     from bigtrain.checkpoint.state import Partition
@@ -142,8 +142,12 @@ def restore(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> 
     if kind not in reader.index.kinds:
         raise _no_average(reader)
     config = configfile.load(checkpoint / "config.yaml")
+    try:
+        backends = resolve_backends(device, config.kernels.backend, config.kernels.choices)
+    except ValueError:  # trained with Triton on a GPU, looked at on a machine without one
+        backends = resolve_backends(device)
     with torch.device("meta"):
-        model = Transformer(config.model, config.model.vocab_size, resolve_backend(config.kernels.backend, device))
+        model = Transformer(config.model, config.model.vocab_size, backends)
     model = model.to_empty(device=device).to(dtype)
     check_shapes(checkpoint, reader.index, {name: list(p.shape) for name, p in model.named_parameters()})
     with torch.no_grad():

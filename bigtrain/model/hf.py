@@ -6,6 +6,7 @@ once, as safetensors files of transformers do.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from bigtrain.config import Model
 from bigtrain.errors import UserError
+from bigtrain_kernels.ops import attention, range_mask, resolve_backends
 
 from .transformer import parameter_shapes
 
@@ -280,3 +282,50 @@ def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif not match[1].endswith((".k", ".v")):
             out[key] = tensor.t().contiguous() if match[2] == "weight" else tensor
     return out
+
+
+def register_attention(name: str = "bigtrain") -> None:
+    """Make bigtrain's attention one of transformers': `from_pretrained(..., attn_implementation="bigtrain")`.
+
+    It runs the Triton kernels on a GPU and torch's attention on a CPU. Causal, bidirectional, padded, packed and sliding-window
+    models work, with grouped heads, soft-capped scores and sinks: whatever mask shows each query one run of keys.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, _attend)
+    AttentionMaskInterface.register(name, _seen_keys)
+
+
+def _attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None,
+    dropout: float = 0.0, is_causal: bool | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query [B, H, T, D], key and value [B, G, S, D] -> [B, T, H, D]; the mask is `_seen_keys`'s."""
+    if dropout:
+        raise ValueError("bigtrain's attention has no dropout: set the model's attention dropout to 0")
+    q_BTHD, k_BSGD, v_BSGD = (x.transpose(1, 2) for x in (query, key, value))
+    backend = resolve_backends(query.device, "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto").attention
+    mask = None if attention_mask is None else range_mask(*attention_mask.unbind(1), key.shape[2], query.dtype, backend)
+    causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
+    options = {"scale": scaling, "cap": softcap or 0.0, "sink_H": s_aux}
+    return attention(q_BTHD, k_BSGD, v_BSGD, causal=causal, mask=mask, backend=backend, **options), None
+
+
+def _seen_keys(*positions: Any, **options: Any) -> Tensor | None:
+    """transformers' mask function: the first key that each query sees and the end of those, int32 [B, 2, T]; None where the
+    model's own order says it. Raises ValueError for a mask that shows a query keys with a gap between them."""
+    from transformers.masking_utils import sdpa_mask
+
+    seen_BHTS = sdpa_mask(*positions, **options)
+    if seen_BHTS is None:
+        return None
+    seen_BTS = seen_BHTS[:, 0]
+    count_BT, first_BT = seen_BTS.sum(-1), seen_BTS.int().argmax(-1)
+    end_BT = first_BT + count_BT
+    key = torch.arange(seen_BTS.shape[-1], device=seen_BTS.device)
+    if not torch.equal(seen_BTS, (key >= first_BT[..., None]) & (key < end_BT[..., None])):
+        raise ValueError("bigtrain's attention needs masks in which the keys that a query sees follow one another")
+    # A query that sees nothing has an empty range, placed so that ranges never go back.
+    first_BT, end_BT = (x.where(count_BT > 0, 0).cummax(-1).values for x in (first_BT, end_BT))
+    first_BT = first_BT.where(count_BT > 0, end_BT)
+    return torch.stack([first_BT, end_BT], 1).int()

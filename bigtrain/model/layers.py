@@ -47,9 +47,9 @@ class Context:
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the width; with `residual`, of the sum, which is returned too."""
 
-    def __init__(self, config: schema.Model, backend: str):
+    def __init__(self, config: schema.Model, backends: ops.Backends):
         super().__init__()
-        self.eps, self.backend = config.norm_eps, backend
+        self.eps, self.backend = config.norm_eps, backends.norm
         self.weight = nn.Parameter(torch.empty(config.width))
         self.bias = nn.Parameter(torch.empty(config.width)) if config.norm == "layernorm" else None
 
@@ -60,9 +60,9 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: schema.Model, layer: int, backend: str):
+    def __init__(self, config: schema.Model, layer: int, backends: ops.Backends):
         super().__init__()
-        self.layer, self.backend = layer, backend
+        self.layer, self.backends = layer, backends
         self.head_dim, self.causal = config.head_dim_, config.causal
         wide, narrow = config.heads * self.head_dim, config.kv_heads_ * self.head_dim
         self.q = Linear(config.width, wide, config.attention_bias)
@@ -73,19 +73,19 @@ class Attention(nn.Module):
     def forward(self, x_BTE: Tensor, context: Context) -> Tensor:
         q_BTHD, k_BTGD, v_BTGD = (project(x_BTE).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         if context.rope is not None:
-            q_BTHD, k_BTGD = ops.rope(q_BTHD, k_BTGD, *context.rope, backend=self.backend)
+            q_BTHD, k_BTGD = ops.rope(q_BTHD, k_BTGD, *context.rope, backend=self.backends.rope)
         if context.cache is not None:
             k_BTGD, v_BTGD = context.cache.extend(self.layer, k_BTGD, v_BTGD)
         out_BTHD = ops.attention(
-            q_BTHD, k_BTGD, v_BTGD, causal=self.causal, document_BT=context.document_BT, mask=context.mask, backend=self.backend
+            q_BTHD, k_BTGD, v_BTGD, causal=self.causal, document_BT=context.document_BT, mask=context.mask, backend=self.backends.attention
         )
         return self.o(out_BTHD.flatten(2))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: schema.Model, backend: str):
+    def __init__(self, config: schema.Model, backends: ops.Backends):
         super().__init__()
-        self.kind, self.backend = config.mlp, backend
+        self.kind, self.backend = config.mlp, backends.mlp
         if self.kind in GATED:
             self.gate = Linear(config.width, config.mlp_width, config.mlp_bias)
         self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
@@ -100,13 +100,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream x_BTE."""
 
-    def __init__(self, config: schema.Model, layer: int, backend: str):
+    def __init__(self, config: schema.Model, layer: int, backends: ops.Backends):
         super().__init__()
         self.pre, self.dropout = config.norm_position == "pre", config.dropout
-        self.attention_norm = Norm(config, backend)
-        self.attention = Attention(config, layer, backend)
-        self.mlp_norm = Norm(config, backend)
-        self.mlp = MLP(config, backend)
+        self.attention_norm = Norm(config, backends)
+        self.attention = Attention(config, layer, backends)
+        self.mlp_norm = Norm(config, backends)
+        self.mlp = MLP(config, backends)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -128,12 +128,12 @@ class Head(nn.Module):
     embedding's when they are tied, which registers the same parameter a second time (named once in named_parameters).
     """
 
-    def __init__(self, config: schema.Model, vocab_size: int, weight: nn.Parameter | None, backend: str):
+    def __init__(self, config: schema.Model, vocab_size: int, weight: nn.Parameter | None, backends: ops.Backends):
         super().__init__()
-        self.backend = backend
+        self.backends = backends
         if config.head == "transform":
             self.transform = Linear(config.width, config.width)
-            self.norm = Norm(config, backend)
+            self.norm = Norm(config, backends)
             self.bias = nn.Parameter(torch.empty(vocab_size))
         else:
             self.transform = self.norm = self.bias = None
@@ -141,7 +141,7 @@ class Head(nn.Module):
 
     def forward(self, x_BTE: Tensor, target_BT: Tensor | None = None):
         if self.transform is not None:
-            x_BTE = self.norm(ops.activation(self.transform(x_BTE), "gelu", backend=self.backend))
+            x_BTE = self.norm(ops.activation(self.transform(x_BTE), "gelu", backend=self.backends.mlp))
         if target_BT is None:
             return F.linear(x_BTE, self.weight, self.bias)
-        return ops.linear_cross_entropy(x_BTE.flatten(0, 1), self.weight, target_BT.flatten(), self.bias, backend=self.backend)
+        return ops.linear_cross_entropy(x_BTE.flatten(0, 1), self.weight, target_BT.flatten(), self.bias, backend=self.backends.loss)

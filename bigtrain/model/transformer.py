@@ -22,20 +22,21 @@ from .layers import Block, Context, Embedding, Head, Norm
 class Transformer(nn.Module):
     """A transformer of the shape that `config` gives, with `vocab_size` rows in the embedding and the head.
 
-    Its parameters are empty until `initialise.initialise` or a checkpoint fills them. `backend` is what
-    `bigtrain_kernels.ops.resolve_backend` returned.
+    Its parameters are empty until `initialise.initialise` or a checkpoint fills them. `backends` is what
+    `bigtrain_kernels.ops.resolve_backends` returned.
     """
 
-    def __init__(self, config: schema.Model, vocab_size: int, backend: str = "torch"):
+    def __init__(self, config: schema.Model, vocab_size: int, backends: ops.Backends | None = None):
         super().__init__()
-        self.config, self.vocab_size, self.backend = config, vocab_size, backend
+        backends = backends or ops.Backends()
+        self.config, self.vocab_size, self.backends = config, vocab_size, backends
         self.embedding = Embedding(vocab_size, config.width)
         self.positions = Embedding(config.max_positions, config.width) if config.positions == "learned" else None
         self.token_types = Embedding(config.token_types, config.width) if config.token_types else None
-        self.embedding_norm = Norm(config, backend) if config.embedding_norm else None
-        self.layers = nn.ModuleList(Block(config, layer, backend) for layer in range(config.layers))
-        self.final_norm = Norm(config, backend) if config.norm_position == "pre" else None
-        self.head = Head(config, vocab_size, self.embedding.weight if config.tied_embeddings else None, backend)
+        self.embedding_norm = Norm(config, backends) if config.embedding_norm else None
+        self.layers = nn.ModuleList(Block(config, layer, backends) for layer in range(config.layers))
+        self.final_norm = Norm(config, backends) if config.norm_position == "pre" else None
+        self.head = Head(config, vocab_size, self.embedding.weight if config.tied_embeddings else None, backends)
         if config.tied_embeddings:
             self.register_state_dict_post_hook(_drop_tied)
             self.register_load_state_dict_pre_hook(_add_tied)
@@ -80,7 +81,13 @@ class Transformer(nn.Module):
         if self.config.positions == "rope":
             rope = ops.rope_angles(position_BT, self.config.head_dim_, self.config.rope_theta)
         mask = ops.attention_mask(
-            T, past + T, causal=self.config.causal, document_BT=document_BT, dtype=x_BTE.dtype, device=x_BTE.device, backend=self.backend
+            T,
+            past + T,
+            causal=self.config.causal,
+            document_BT=document_BT,
+            dtype=x_BTE.dtype,
+            device=x_BTE.device,
+            backend=self.backends.attention,
         )
         context = Context(rope, document_BT, mask, cache)
         for index, layer in enumerate(self.layers):

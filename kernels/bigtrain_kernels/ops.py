@@ -1,13 +1,20 @@
 """The operators that a model calls: one signature each, whichever backend computes it.
 
-`backend` is an argument, decided once by `resolve_backend` and passed down; no global is kept. Inputs are float32, bf16
-or fp16 (float64 for tests); sums, norms and losses are taken in float32 inside.
+`backend` is an argument, decided once by `resolve_backends` and passed down; no global is kept. Triton's kernels are imported
+where they are called, so that a rank without them pays nothing. Inputs are float32, bf16 or fp16 (float64 for tests, in
+torch); sums, norms and losses are taken in float32 inside.
 
-B batch, T query length, S key length, H query heads, G key and value heads, D head dim, R = D / 2, N flattened tokens,
-E width, F mlp width, V vocabulary.
+B batch, T query length, S key length, H query heads, G key and value heads, D head dim, R = half of the rotary dim,
+N flattened tokens, E width, F mlp width, V vocabulary.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +23,116 @@ from torch import Tensor
 from . import fused, host, reference
 from .reference import IGNORE, rope_angles
 
+if TYPE_CHECKING:
+    from .attention import Ranges
+
 __all__ = [
-    "IGNORE", "activation", "attention", "attention_mask", "glu", "layer_norm", "linear_cross_entropy", "resolve_backend", "rms_norm",
-    "rope", "rope_angles",
+    "IGNORE", "Backends", "activation", "attention", "attention_mask", "glu", "layer_norm", "linear_cross_entropy", "packed_mask",
+    "range_mask", "resolve_backends", "rms_norm", "rope", "rope_angles",
 ]  # fmt: skip
 
-BACKENDS = ("torch",)
+Mask = Union[Tensor, "Ranges"]
+"""What `attention_mask` makes: for torch 0 where a query may look and -inf elsewhere, [1 or B, 1, T, S]; for Triton the ranges."""
 
 
-def resolve_backend(name: str, device: torch.device | str) -> str:
-    """The backend that `auto` means on this device, or `name` itself. Raises ValueError for a name that is none."""
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"kernel backend {name!r}: expected auto or one of {', '.join(BACKENDS)}")
-    return "torch"
+class Backends(NamedTuple):
+    """Who computes each family of operators: torch or triton."""
+
+    attention: str = "torch"
+    norm: str = "torch"
+    rope: str = "torch"
+    mlp: str = "torch"
+    loss: str = "torch"
+
+    def __str__(self) -> str:
+        if len(set(self)) == 1:
+            return self[0]
+        return ", ".join(f"{family} {backend}" for family, backend in self._asdict().items())
+
+
+def resolve_backends(device: torch.device | str, backend: str = "auto", choices: Mapping[str, str] | None = None) -> Backends:
+    """Who computes what on this device: `backend` (auto, torch, triton) for all, except where `choices` names a family of `Backends`.
+
+    auto is triton on a GPU where Triton is installed, and torch elsewhere. On a CPU triton means Triton's interpreter, slow
+    and meant for tests: it wants TRITON_INTERPRET=1 in the environment. Raises ValueError where triton cannot run.
+    """
+    device, chosen = torch.device(device), dict(choices or {})
+    for name in (backend, *chosen.values()):
+        if name not in ("auto", "torch", "triton"):
+            raise ValueError(f"kernel backend {name!r}: expected auto, torch or triton")
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
+    backends = Backends(*(backend,) * len(Backends._fields))._replace(**chosen)
+    if "triton" in backends:
+        _require_triton(device)
+    return backends
+
+
+def _require_triton(device: torch.device) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("the triton kernels need Triton, which is not installed; use kernels.backend=torch")
+    if device.type == "cuda":
+        return
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"the triton kernels run on a GPU, and this device is {device.type}; use kernels.backend=torch, or set TRITON_INTERPRET=1 "
+            "to have Triton's interpreter run them (slowly: for tests)"
+        )
+    _repair_interpreter()
+
+
+@functools.cache
+def _repair_interpreter() -> None:
+    from . import interpreter
+
+    interpreter.install()
 
 
 def attention_mask(
-    T: int, S: int, *, causal: bool, document_BT: Tensor | None, dtype: torch.dtype, device: torch.device, backend: str = "torch"
-) -> Tensor | None:
+    T: int,
+    S: int,
+    *,
+    causal: bool,
+    document_BT: Tensor | None = None,
+    window: int | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str = "torch",
+) -> Mask | None:
     """What `attention` needs to know beside its flags, made once and shared by all layers (each would keep its own for backward).
 
-    For torch: 0 where a query may look and -inf elsewhere, [1 or B, 1, T, S]; None where causal alone says it.
+    None where causal alone says it.
     """
-    if document_BT is None and (not causal or T == 1 or T == S):
+    if document_BT is None and window is None and (not causal or T == 1 or (T == S or backend == "triton")):
         return None
-    hidden = ~reference.visible(T, S, causal, document_BT, device)
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    if backend == "triton":
+        return range_mask(*reference.seen_keys(T, S, causal, document_BT, window, device), S, dtype, backend)
+    return _additive(reference.visible(T, S, causal, document_BT, device, window), dtype)
+
+
+def packed_mask(
+    end_query: Tensor, end_key: Tensor, *, causal: bool, window: int | None = None, dtype: torch.dtype, backend: str = "torch"
+) -> Mask:
+    """The mask of several sequences laid end to end, with as many queries and keys as the caller likes: `attention` then takes
+    q [1, all queries, H, D] and k, v [1, all keys, G, D]. `end_query` and `end_key` are the running totals of their lengths,
+    int32, starting with 0 (cu_seqlens in other libraries); empty sequences may be among them. In each the queries are the
+    last positions, as in `attention`.
+    """
+    return range_mask(*reference.packed_keys(end_query, end_key, causal, window), dtype, backend)
+
+
+def range_mask(first_key_BT: Tensor, end_key_BT: Tensor, S: int, dtype: torch.dtype, backend: str = "torch") -> Mask:
+    """The mask in which query t sees the keys first_key <= s < end_key of S: int32 [1 or B, T], neither ever decreasing along T."""
+    if backend == "triton":
+        from .attention import ranges
+
+        return ranges(first_key_BT, end_key_BT, S)
+    key = torch.arange(S, device=first_key_BT.device)
+    return _additive(((key >= first_key_BT[..., None]) & (key < end_key_BT[..., None]))[:, None], dtype)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def attention(
@@ -51,23 +142,47 @@ def attention(
     *,
     causal: bool,
     document_BT: Tensor | None = None,
-    mask: Tensor | None = None,
+    window: int | None = None,
+    mask: Mask | None = None,
     scale: float | None = None,
+    cap: float = 0.0,
+    sink_H: Tensor | None = None,
+    return_lse: bool = False,
     backend: str = "torch",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Grouped-query attention (Ainslie et al. 2023): query head h reads key head h // (H / G). Returns out_BTHD.
 
     The queries are the last T of the S positions, so `causal` hides s > t + S - T, as with a KV cache. `document_BT`
-    (integer ids, T == S) hides positions with another id: packed documents, or padding under an id of its own. A query
-    that sees no key gives 0. `scale` multiplies the scores, 1 / sqrt(D) if left out. `mask` is what `attention_mask` made
-    of the same arguments; left out, it is made here.
+    (integer ids, T == S) hides positions with another id: packed documents, or padding under an id of its own; a document is
+    one run of positions. `window` hides keys that are that many positions away, or more (Beltagy et al. 2020). `mask` is what
+    `attention_mask` made of the same arguments; left out, it is made here. A query that sees no key gives 0.
+
+    scale       multiplies the scores, 1 / sqrt(D) if left out
+    cap         then cap * tanh(score / cap), where it is above 0 (Gemma Team 2024, Gemma 2, section 2)
+    sink_H      one more score a head that takes probability and adds nothing (OpenAI 2025, gpt-oss, section 2.2)
+    return_lse  (out, lse_BHT): also the log of the sum of exponentials of a query's scores, float32, the sink among them; -inf
+                where it sees no key. Both carry gradients, so that attention over parts of the keys can be combined.
     """
-    _, T, H, D = q_BTHD.shape
+    T, H, D = q_BTHD.shape[1:]
     S, G = k_BSGD.shape[1:3]
     if document_BT is not None and T != S:
         raise ValueError(f"document_BT needs as many queries as keys, found {T} and {S}")
+    scale = D**-0.5 if scale is None else scale
+    if scale <= 0 or cap < 0:
+        raise ValueError(f"attention needs a scale above 0 and a cap of at least 0, found {scale} and {cap}")
     if mask is None:
-        mask = attention_mask(T, S, causal=causal, document_BT=document_BT, dtype=q_BTHD.dtype, device=q_BTHD.device, backend=backend)
+        mask = attention_mask(
+            T, S, causal=causal, document_BT=document_BT, window=window, dtype=q_BTHD.dtype, device=q_BTHD.device, backend=backend
+        )
+    if backend == "triton":
+        from .attention import attention as flash
+
+        out_BTHD, lse_BHT = flash(q_BTHD, k_BSGD, v_BSGD, sink_H, *(mask or (None,) * 4), causal and mask is None, scale, cap)
+        return (out_BTHD, lse_BHT) if return_lse else out_BTHD
+    if cap or sink_H is not None or return_lse:
+        visible = None if mask is None else mask == 0
+        out_BTHD, lse_BHT = reference.scores_to_output(q_BTHD, k_BSGD, v_BSGD, visible, causal, scale, cap, sink_H)
+        return (out_BTHD, lse_BHT) if return_lse else out_BTHD
     q_BHTD, k_BGSD, v_BGSD = q_BTHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2)
     # A dense mask beside grouped heads has no fused CUDA kernel: repeat the heads there rather than materialise the scores.
     if mask is not None and G != H and q_BTHD.is_cuda:
@@ -75,8 +190,7 @@ def attention(
     is_causal = causal and mask is None and T > 1
     if q_BTHD.dtype == torch.bfloat16 and q_BTHD.device.type == "cpu" and torch.is_grad_enabled():
         k_BHSD, v_BHSD = (x.repeat_interleave(H // G, 1) if G != H else x for x in (k_BGSD, v_BGSD))
-        out_BHTD = host.Attention.apply(q_BHTD, k_BHSD, v_BHSD, mask, is_causal, D**-0.5 if scale is None else scale)
-        return out_BHTD.transpose(1, 2)
+        return host.Attention.apply(q_BHTD, k_BHSD, v_BHSD, mask, is_causal, scale).transpose(1, 2)
     out_BHTD = F.scaled_dot_product_attention(
         q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=k_BGSD.shape[1] != H
     )
@@ -85,6 +199,10 @@ def attention(
 
 def rms_norm(x: Tensor, weight_E: Tensor, eps: float, *, residual: Tensor | None = None, backend: str = "torch"):
     """RMSNorm over the last dimension: x [..., E]. With `residual`: (norm of x + residual, x + residual)."""
+    if backend == "triton":
+        from .norm import rms_norm as kernel
+
+        return kernel(x, weight_E, eps, residual)
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual)]
     normed, total = fused.RmsNorm.apply(*flat, weight_E, eps)
     return normed.view(x.shape) if residual is None else (normed.view(x.shape), total.view(x.shape))
@@ -92,6 +210,10 @@ def rms_norm(x: Tensor, weight_E: Tensor, eps: float, *, residual: Tensor | None
 
 def layer_norm(x: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, *, residual: Tensor | None = None, backend: str = "torch"):
     """LayerNorm over the last dimension: x [..., E]. With `residual`: (norm of x + residual, x + residual)."""
+    if backend == "triton":
+        from .norm import layer_norm as kernel
+
+        return kernel(x, weight_E, bias_E, eps, residual)
     total = x if residual is None else x + residual
     normed = F.layer_norm(total, weight_E.shape, weight_E, bias_E, eps)
     return normed if residual is None else (normed, total)
@@ -99,6 +221,10 @@ def layer_norm(x: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, *, resid
 
 def rope(q_BTHD: Tensor, k_BTGD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, *, backend: str = "torch") -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by the angles of `rope_angles` ([1 or B, T, D / 2], float32), in the half layout of Llama."""
+    if backend == "triton":
+        from .rope import rope as kernel
+
+        return kernel(q_BTHD, k_BTGD, cos_BTR, sin_BTR)
     return fused.Rope.apply(q_BTHD, cos_BTR, sin_BTR), fused.Rope.apply(k_BTGD, cos_BTR, sin_BTR)
 
 
@@ -106,15 +232,23 @@ def glu(gate: Tensor, up: Tensor, kind: str, *, backend: str = "torch") -> Tenso
     """act(gate) * up, elementwise: swiglu (SiLU) or geglu (exact GELU)."""
     if kind not in ("swiglu", "geglu"):
         raise ValueError(f"glu {kind!r}: expected swiglu or geglu")
+    if backend == "triton":
+        from .mlp import glu as kernel
+
+        return kernel(gate, up, kind)
     return fused.Glu.apply(gate, up, kind)
 
 
 def activation(x: Tensor, kind: str, *, backend: str = "torch") -> Tensor:
     """gelu (exact), gelu_tanh or relu2 (squared ReLU), elementwise."""
+    if kind not in ("gelu", "gelu_tanh", "relu2"):
+        raise ValueError(f"activation {kind!r}: expected gelu, gelu_tanh or relu2")
+    if backend == "triton":
+        from .mlp import activation as kernel
+
+        return kernel(x, kind)
     if kind == "relu2":
         return F.relu(x).square()
-    if kind not in ("gelu", "gelu_tanh"):
-        raise ValueError(f"activation {kind!r}: expected gelu, gelu_tanh or relu2")
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 

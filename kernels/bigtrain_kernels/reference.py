@@ -26,27 +26,102 @@ def wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x))
 
 
-def visible(T: int, S: int, causal: bool, document_BT: Tensor | None, device: torch.device) -> Tensor:
+def visible(T: int, S: int, causal: bool, document_BT: Tensor | None, device: torch.device, window: int | None = None) -> Tensor:
     """Which keys a query may see: bool [1 or B, 1, T, S]. Queries are the last T of the S positions; documents need T == S."""
     ok = torch.ones(1, 1, T, S, dtype=torch.bool, device=device)
     if causal:
         ok = ok.tril(S - T)
+    if window is not None:
+        ok = ok.triu(S - T - window + 1).tril(S - T + window - 1)
     if document_BT is not None:
         ok = ok & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
     return ok
 
 
+def seen_keys(T: int, S: int, causal: bool, document_BT: Tensor | None, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`visible` as ranges: query t sees first[t] <= s < end[t], two int32 tensors [1 or B, T]. A document is one run of positions."""
+    place_T = torch.arange(S - T, S, device=device)
+    if document_BT is None:
+        first, end = torch.zeros(1, T, dtype=torch.int64, device=device), torch.full((1, T), S, device=device)
+    else:
+        ends_BT = document_BT.diff(append=document_BT[:, -1:] - 1) != 0
+        begins_BT = ends_BT.roll(1, -1)  # the last position ends a document: so the first begins one
+        first = torch.where(begins_BT, place_T, 0).cummax(-1).values
+        end = torch.where(ends_BT, place_T + 1, S).flip(-1).cummin(-1).values.flip(-1)
+    return _narrow(place_T, first, end, causal, window)
+
+
+def packed_keys(end_query: Tensor, end_key: Tensor, causal: bool, window: int | None) -> tuple[Tensor, Tensor, int]:
+    """The ranges of sequences laid end to end, by the running totals of their lengths; and the number of keys."""
+    lengths = end_query.diff()
+    T, S = int(end_query[-1]), int(end_key[-1])
+    each = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=T)
+    place_T = torch.arange(T, device=lengths.device) - end_query[1:][each] + end_key[1:][each]
+    first, end = (end_key[each].expand(1, T), end_key[1:][each].expand(1, T))
+    first, end = _narrow(place_T, first, end, causal, window)
+    return first, end, S
+
+
+def _narrow(place_T: Tensor, first: Tensor, end: Tensor, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+    """Ranges cut by a causal order and a window around each query's place among the keys."""
+    begin = first
+    if causal:
+        end = torch.minimum(end, place_T + 1)
+    if window is not None:
+        first = torch.maximum(first, place_T - window + 1)
+        end = torch.minimum(end, place_T + window)
+    # Nothing to see is an empty range at the document's first key, or at the end of a window that has left it behind.
+    end = torch.maximum(end, begin)
+    return torch.minimum(first, end).int(), end.int()
+
+
 def attention(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, causal: bool, document_BT: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    *,
+    causal: bool,
+    document_BT: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    cap: float = 0.0,
+    sink_H: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over the visible keys (Vaswani et al. 2017, eq. 1); see `ops.attention`."""
-    T, H, D = q_BTHD.shape[1:]
-    S, G = k_BSGD.shape[1:3]
+    T, S, D = q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.shape[3]
+    seen = visible(T, S, causal, document_BT, q_BTHD.device, window)
+    out_BTHD, lse_BHT = scores_to_output(q_BTHD, k_BSGD, v_BSGD, seen, causal, D**-0.5 if scale is None else scale, cap, sink_H)
+    return (out_BTHD, lse_BHT) if return_lse else out_BTHD
+
+
+def scores_to_output(
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    visible_BHTS: Tensor | None,
+    causal: bool,
+    scale: float,
+    cap: float,
+    sink_H: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output and the log of the sum of exponentials, [B, H, T], with every score in memory. `causal` counts where nothing else
+    says what is visible."""
+    (B, T, H, _), (S, G) = q_BTHD.shape, k_BSGD.shape[1:3]
     q, k, v = wide(q_BTHD), wide(k_BSGD).repeat_interleave(H // G, 2), wide(v_BSGD).repeat_interleave(H // G, 2)
-    score_BHTS = torch.einsum("bthd,bshd->bhts", q, k) * (D**-0.5 if scale is None else scale)
-    hidden = ~visible(T, S, causal, document_BT, q.device)
-    p_BHTS = torch.softmax(score_BHTS.masked_fill(hidden, torch.finfo(q.dtype).min), -1).masked_fill(hidden, 0)
-    return torch.einsum("bhts,bshd->bthd", p_BHTS, v).to(q_BTHD.dtype)
+    score_BHTS = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    if cap:
+        score_BHTS = cap * torch.tanh(score_BHTS / cap)
+    hidden = ~(visible(T, S, causal, None, q.device) if visible_BHTS is None else visible_BHTS)
+    score_BHTS = score_BHTS.masked_fill(hidden, torch.finfo(q.dtype).min)
+    extra = [] if sink_H is None else [wide(sink_H)[None, :, None, None].expand(B, H, T, 1)]
+    lse_BHT1 = torch.cat([score_BHTS, *extra], -1).logsumexp(-1, keepdim=True)
+    p_BHTS = torch.exp(score_BHTS - lse_BHT1).masked_fill(hidden, 0)
+    out_BTHD = torch.einsum("bhts,bshd->bthd", p_BHTS, v).to(q_BTHD.dtype)
+    lse_BHT = lse_BHT1.squeeze(-1)
+    if sink_H is None:
+        lse_BHT = lse_BHT.masked_fill(hidden.all(-1), float("-inf"))
+    return out_BTHD, lse_BHT
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -285,7 +285,7 @@ def test_no_graph_break(name):
 
 def test_unknown_names_are_refused():
     for call in (
-        lambda: ops.resolve_backend("cuda", "cpu"),
+        lambda: ops.resolve_backends("cpu", "cuda"),
         lambda: ops.glu(torch.ones(1), torch.ones(1), "gelu"),
         lambda: ops.activation(torch.ones(1), "swiglu"),
         lambda: reference.activation(torch.ones(1), "swiglu"),
@@ -293,7 +293,17 @@ def test_unknown_names_are_refused():
     ):
         with pytest.raises(ValueError, match="expected"):
             call()
-    assert ops.resolve_backend("auto", "cpu") == ops.resolve_backend("torch", "cpu") == "torch"
+
+
+def test_backends(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert ops.resolve_backends("cpu") == ops.resolve_backends("cpu", "torch") == ops.Backends()
+    assert set(ops.resolve_backends("cuda")) == {"triton"}
+    mixed = ops.resolve_backends("cuda", "triton", {"loss": "torch"})
+    assert mixed.loss == "torch" and mixed.attention == "triton" and "loss torch" in str(mixed) and str(ops.Backends()) == "torch"
+    for call in (lambda: ops.resolve_backends("cpu", "triton"), lambda: ops.resolve_backends("cpu", "auto", {"norm": "triton"})):
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            call()
 
 
 def test_package_stands_alone():
@@ -304,4 +314,4 @@ def test_package_stands_alone():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
-                assert all(n.split(".")[0] in {"torch", "triton", *sys.stdlib_module_names} for n in names), (file.name, names)
+                assert all(n.split(".")[0] in {"torch", "triton", "numpy", *sys.stdlib_module_names} for n in names), (file.name, names)

@@ -1,0 +1,332 @@
+"""Flash attention: exact attention that never writes a score to memory (Dao 2023, FlashAttention-2).
+
+Every mask is a range of keys per query: causal order, packed documents, padding and a sliding window all come down to "query t
+sees keys first[t] to end[t]", and seen from a key to a range of queries. So one kernel serves all of them, the blocks that a
+mask empties are never visited, and those inside the range take no mask at all.
+
+Three kernels and no atomics: the forward pass; dK and dV, a program a block of keys, which goes over the queries and the query
+heads that share it; dQ, a program a block of queries. Each output has one writer and a fixed order of summation, so results are
+the same bits every time.
+
+B batch, T query length, S key length, H query heads, G key and value heads, D head dim; M queries and N keys of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import attention_kernels as kernels
+from .launch import Case, Launch, architecture
+
+LOG2E = 1.4426950408889634
+HEAD_DIMS = (32, 64, 128, 256)
+"""Widths of a block; a head dimension between two of them is padded in registers."""
+ROWS = 64
+"""Queries of a program of `row_sums`."""
+
+
+class Ranges(NamedTuple):
+    """Which positions see which, as `ranges` makes them: int32, each of shape [1 or B, T] or [1 or B, S]."""
+
+    first_key: Tensor
+    end_key: Tensor
+    """Query t sees the keys first_key[t] <= s < end_key[t]; none where they are equal. Both never decrease along t."""
+    first_query: Tensor
+    end_query: Tensor
+    """The same from the keys' side: key s is seen by the queries first_query[s] <= t < end_query[s]."""
+
+
+def ranges(first_key_BT: Tensor, end_key_BT: Tensor, S: int) -> Ranges:
+    """The mask in which query t sees the keys first_key <= s < end_key: int32 [1 or B, T], neither ever decreasing along T."""
+    key_BS = torch.arange(S, dtype=torch.int32, device=end_key_BT.device).expand(len(end_key_BT), S).contiguous()
+    first_key_BT, end_key_BT = first_key_BT.contiguous(), end_key_BT.contiguous()
+    first_query_BS = torch.searchsorted(end_key_BT, key_BS, right=True, out_int32=True)
+    end_query_BS = torch.searchsorted(first_key_BT, key_BS, right=True, out_int32=True)
+    return Ranges(first_key_BT, end_key_BT, first_query_BS, end_query_BS)
+
+
+def _entries(sizes: str) -> Iterator[tuple[tuple[str, int, int], Launch]]:
+    """Rows of `architecture, head dims, bytes of an element, BLOCK_M, BLOCK_N, warps, stages`."""
+    for row in sizes.strip().splitlines():
+        archs, dims, size, M, N, warps, stages = row.split()
+        for arch in archs.split(","):
+            for dim in dims.split(","):
+                yield (arch, int(dim), int(size)), Launch({"BLOCK_M": int(M), "BLOCK_N": int(N)}, int(warps), int(stages))
+
+
+# Every entry compiles without a spilled register within the architecture's shared memory: python -m bigtrain_kernels.static.
+FORWARD = dict(
+    _entries("""
+        sm_80         32           2  128  64  4  3
+        sm_80         64,128       2  128  64  8  3
+        sm_80         256          2   64  64  8  2
+        sm_90,sm_100  32,64        2  128 128  8  3
+        sm_90,sm_100  128          2  128 128  8  2
+        sm_90,sm_100  256          2  128  32  8  2
+        gfx942        32,64,128    2  128  64  4  1
+        gfx942        256          2   64  32  4  1
+        sm_80         32,64        4   32  32  4  1
+        sm_80         128          4   32  32  8  1
+        sm_80         256          4   16  16  8  1
+        sm_90,sm_100  32,64        4   32  32  4  1
+        sm_90,sm_100  128,256      4   16  16  8  1
+        gfx942        32,64        4   32  32  4  1
+        gfx942        128,256      4   16  16  4  1
+        interpreter   32,64,128,256  2  32 32  4  1
+        interpreter   32,64,128,256  4  32 32  4  1
+    """)
+)
+BACKWARD_KV = dict(
+    _entries("""
+        sm_80         32           2   64  64  4  2
+        sm_80         64           2   32  64  4  2
+        sm_80         128          2   32  64  8  2
+        sm_80         256          2   32  32  8  1
+        sm_90         32,64        2   64 128  8  2
+        sm_90         128          2   32 128  8  2
+        sm_90         256          2   32  32  8  2
+        sm_100        32,64,128    2   64 128  8  2
+        sm_100        256          2   32  64  8  1
+        gfx942        32,64        2   64  64  4  1
+        gfx942        128          2   32  64  4  1
+        gfx942        256          2   32  32  4  1
+        sm_80         32,64,128    4   32  32  8  1
+        sm_80         256          4   16  16  8  1
+        sm_90,sm_100  32,64        4   32  32  8  1
+        sm_90,sm_100  128,256      4   16  16  8  1
+        gfx942        32,64        4   32  32  4  1
+        gfx942        128,256      4   16  16  4  1
+        interpreter   32,64,128,256  2  32 32  4  1
+        interpreter   32,64,128,256  4  32 32  4  1
+    """)
+)
+BACKWARD_Q = dict(
+    _entries("""
+        sm_80         32           2   64  64  4  2
+        sm_80         64           2  128  64  8  2
+        sm_80         128          2   64  32  8  2
+        sm_80         256          2   32  32  8  1
+        sm_90,sm_100  32,64,128    2  128  64  8  2
+        sm_90         256          2   32  64  8  1
+        sm_100        256          2   64  32  8  1
+        gfx942        32,64        2   64  64  4  1
+        gfx942        128          2   64  32  4  1
+        gfx942        256          2   32  32  4  1
+        sm_80         32,64        4   32  32  4  1
+        sm_80         128          4   32  32  8  1
+        sm_80         256          4   16  16  8  1
+        sm_90,sm_100  32,64        4   32  32  4  1
+        sm_90,sm_100  128,256      4   16  16  8  1
+        gfx942        32,64        4   32  32  4  1
+        gfx942        128,256      4   16  16  4  1
+        interpreter   32,64,128,256  2  32 32  4  1
+        interpreter   32,64,128,256  4  32 32  4  1
+    """)
+)
+
+
+class Mask(NamedTuple):
+    """What decides the scores, apart from queries and keys."""
+
+    causal: bool
+    """The queries are the last T of S positions and see no later key. Not looked at beside `seen`."""
+    scale: float
+    """Multiplies the scores."""
+    cap: float = 0.0
+    """Then cap * tanh(score / cap), where it is above 0 (Gemma Team 2024, Gemma 2, section 2)."""
+    seen: Ranges | None = None
+
+
+def forward(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Mask, sink_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The output [B, T, H, D], and the log of the sum of exponentials of the scores, float32 [B, H, T], -inf where a query sees nothing."""
+    (B, T, H, _), S = q_BTHD.shape, k_BSGD.shape[1]
+    q, k, v = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    launch = FORWARD[_key(q)]
+    if out.numel():
+        kernels.forward[triton.cdiv(T, launch.blocks["BLOCK_M"]), B * H](
+            q, k, v, out, lse, *_query_ranges(mask, lse), lse if sink_H is None else sink_H,
+            *_strides(q, k, v, out), _range_stride(mask), T, S, H, H // k.shape[2], mask.scale * LOG2E, mask.cap * LOG2E,
+            **_flags(q, mask, S % launch.blocks["BLOCK_N"]), SINKS=sink_H is not None, **launch.arguments(),
+        )  # fmt: skip
+    return out, lse
+
+
+def row_sums(grad_BTHD: Tensor, out_BTHD: Tensor, grad_lse_BHT: Tensor | None) -> Tensor:
+    """delta = rowsum(dO * O) - dLSE, float32 [B, H, T]: what the gradients of all scores of a query have subtracted."""
+    B, T, H, D = out_BTHD.shape
+    grad = _rows(grad_BTHD)
+    delta = out_BTHD.new_empty(B, H, T, dtype=torch.float32)
+    if delta.numel():
+        kernels.row_sums[triton.cdiv(T, ROWS), B * H](
+            out_BTHD, grad, delta if grad_lse_BHT is None else grad_lse_BHT.contiguous(), delta, *_strides(out_BTHD, grad), T, H,
+            D=D, BLOCK_D=_block_dim(D), BLOCK_M=ROWS, HAS_LSE=grad_lse_BHT is not None,
+        )  # fmt: skip
+    return delta
+
+
+def backward_q(grad_BTHD: Tensor, delta_BHT: Tensor, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lse_BHT: Tensor, mask: Mask) -> Tensor:
+    """The gradient of the queries."""
+    (B, T, H, _), S = q_BTHD.shape, k_BSGD.shape[1]
+    q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    launch = BACKWARD_Q[_key(q)]
+    if dq.numel():
+        kernels.backward_q[triton.cdiv(T, launch.blocks["BLOCK_M"]), B * H](
+            q, k, v, grad, lse_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dq), _range_stride(mask),
+            T, S, H, H // k.shape[2], *_rates(mask), **_flags(q, mask, S % launch.blocks["BLOCK_N"]), **launch.arguments(),
+        )  # fmt: skip
+    return dq
+
+
+def backward_kv(
+    grad_BTHD: Tensor, delta_BHT: Tensor, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lse_BHT: Tensor, mask: Mask
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the keys and the values."""
+    (B, T, H, _), (S, G) = q_BTHD.shape, k_BSGD.shape[1:3]
+    q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    launch = BACKWARD_KV[_key(q)]
+    if dk.numel():
+        kernels.backward_kv[triton.cdiv(S, launch.blocks["BLOCK_N"]), B * G](
+            q, k, v, grad, lse_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dk, dv),
+            _range_stride(mask, keys=True), T, S, H, H // G, *_rates(mask),
+            **_flags(q, mask, T % launch.blocks["BLOCK_M"]), **launch.arguments(),
+        )  # fmt: skip
+    return dk, dv
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with its last dimension contiguous: a row is what the kernels load."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _block_dim(D: int) -> int:
+    return next(width for width in HEAD_DIMS if width >= D)
+
+
+def _key(q: Tensor) -> tuple[str, int, int]:
+    return architecture(), _block_dim(q.shape[-1]), q.element_size()
+
+
+def _strides(*xs: Tensor) -> list[int]:
+    """Batch, row and head strides of each: a row's own elements are contiguous."""
+    return [stride for x in xs for stride in x.stride()[:3]]
+
+
+def _rates(mask: Mask) -> tuple[float, float, float]:
+    return mask.scale, mask.scale * LOG2E, mask.cap * LOG2E
+
+
+def _flags(q: Tensor, mask: Mask, rest: int) -> dict[str, object]:
+    ranges = mask.seen is not None
+    return {
+        "D": q.shape[-1],
+        "BLOCK_D": _block_dim(q.shape[-1]),
+        "CAUSAL": mask.causal and not ranges,
+        "RANGES": ranges,
+        "EVEN": rest == 0,  # the loop's last block is whole
+        "CAP": mask.cap > 0,
+        "PRECISION": "ieee",  # float32 is for tests and small models: exact products rather than tensor cores
+    }
+
+
+def _query_ranges(mask: Mask, unused: Tensor) -> tuple[Tensor, Tensor]:
+    return (unused, unused) if mask.seen is None else (mask.seen.first_key, mask.seen.end_key)
+
+
+def _key_ranges(mask: Mask, unused: Tensor) -> tuple[Tensor, Tensor]:
+    return (unused, unused) if mask.seen is None else (mask.seen.first_query, mask.seen.end_query)
+
+
+def _range_stride(mask: Mask, keys: bool = False) -> int:
+    if mask.seen is None:
+        return 0
+    ends = mask.seen.end_query if keys else mask.seen.end_key
+    return 0 if len(ends) == 1 else ends.shape[1]
+
+
+@torch.library.custom_op("bigtrain::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
+    end_query: Tensor | None, causal: bool, scale: float, cap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The registered operator; `ops.attention` says what it computes. The ranges are those of `Ranges`, or None."""
+    return forward(q, k, v, _mask(first_key, end_key, first_query, end_query, causal, scale, cap), sink)
+
+
+@attention.register_fake
+def _(q, k, v, sink, first_key, end_key, first_query, end_query, causal, scale, cap):
+    B, T, H, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("bigtrain::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first_key: Tensor | None,
+    end_key: Tensor | None, first_query: Tensor | None, end_query: Tensor | None, causal: bool, scale: float, cap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mask = _mask(first_key, end_key, first_query, end_query, causal, scale, cap)
+    delta = row_sums(grad, out, grad_lse)
+    return backward_q(grad, delta, q, k, v, lse, mask), *backward_kv(grad, delta, q, k, v, lse, mask), delta
+
+
+@attention_backward.register_fake
+def _(grad, grad_lse, q, k, v, out, lse, first_key, end_key, first_query, end_query, causal, scale, cap):
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), torch.empty_like(lse)
+
+
+def _mask(first_key, end_key, first_query, end_query, causal, scale, cap) -> Mask:
+    seen = None if first_key is None else Ranges(first_key, end_key, first_query, end_query)
+    return Mask(causal, scale, cap, seen)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.causal, ctx.scale, ctx.cap = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, grad_lse):
+    q, k, v, sink, *seen, out, lse = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    dq, dk, dv, delta = attention_backward(grad, grad_lse, q, k, v, out, lse, *seen, ctx.causal, ctx.scale, ctx.cap)
+    # A sink is one more score, without a value: minus its probability times delta.
+    dsink = None if sink is None else -(torch.exp(sink.float()[:, None] - lse) * delta).sum((0, 2)).to(sink.dtype)
+    return dq, dk, dv, dsink, *(None,) * 7
+
+
+attention.register_autograd(_gradients, setup_context=_save)
+
+
+def cases(architecture: str) -> Iterator[Case]:
+    """Every entry of the tables for one architecture, causal and with ranges: 4 sequences of 4,096 tokens, 16 heads on 4."""
+    for arch, width, size in FORWARD:
+        if arch == architecture:
+            for masked in (False, True):
+                yield from _cases(width, size, masked)
+
+
+def _cases(D: int, size: int, masked: bool) -> Iterator[Case]:
+    B, T, H, G = 4, 4096, 16, 4
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    q, out, grad = (torch.empty(B, T, H, D, dtype=dtype, device="meta") for _ in range(3))
+    k, v = (torch.empty(B, T, G, D, dtype=dtype, device="meta") for _ in range(2))
+    lse, delta = (torch.empty(B, H, T, device="meta") for _ in range(2))
+    positions = torch.empty(B, T, dtype=torch.int32, device="meta")
+    mask = Mask(not masked, D**-0.5, seen=Ranges(positions, positions, positions, positions) if masked else None)
+    label = f"d{D} {'bf16' if size == 2 else 'fp32'} {'ranges' if masked else 'causal'}"
+    product = 2 * B * H * T * T * D // 2  # one matrix product over the half that a causal mask leaves
+    wide, narrow, row = size * q.numel(), size * k.numel(), 4 * lse.numel()
+    inputs = grad, delta, q, k, v, lse, mask
+    yield Case(f"attention forward {label}", lambda: forward(q, k, v, mask), 2 * product, 2 * wide + 2 * narrow + row)
+    yield Case(f"attention row sums {label}", lambda: row_sums(grad, out, None), 2 * q.numel(), 2 * wide + row)
+    yield Case(f"attention backward q {label}", lambda: backward_q(*inputs), 3 * product, 3 * wide + 2 * narrow + 2 * row)
+    yield Case(f"attention backward kv {label}", lambda: backward_kv(*inputs), 4 * product, 2 * wide + 4 * narrow + 2 * row)

@@ -1,0 +1,65 @@
+"""How a kernel is launched: which processor it meets, and the block sizes chosen for it ahead of time.
+
+Each kernel family keeps a small table, `(architecture, ...) -> Launch`, beside its kernels. Nothing is tuned while a job
+runs: every rank launches the same code, a run starts at once, and every entry has been compiled and checked before
+(`python -m bigtrain_kernels.static`). `benchmarks/kernels.py` measures other entries on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import triton
+from triton.runtime import driver
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""What the tables know: A100, H100 and H200, B200, MI300. Others get the entries of the nearest one."""
+INTERPRETED = "interpreter"
+
+
+class Launch(NamedTuple):
+    """Block sizes by their names in the kernel, and the options of the compiler."""
+
+    blocks: dict[str, int]
+    warps: int
+    stages: int = 1
+    """Depth of the software pipeline: iterations of a loop whose loads are in flight together."""
+
+    def arguments(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+class Case(NamedTuple):
+    """One launch for the static gate: what a host function launches for one entry of a table."""
+
+    name: str
+    run: Callable[[], object]
+    """Calls the host function on meta tensors."""
+    flops: int
+    """Floating-point operations of the launch, by formula."""
+    bytes: int
+    """Bytes that it must move: each input read once, each output written once."""
+
+
+def interpreted() -> bool:
+    """True where kernels run in Triton's interpreter, on the host: TRITON_INTERPRET=1 was set before they were imported."""
+    return triton.knobs.runtime.interpret
+
+
+def architecture() -> str:
+    """One of ARCHITECTURES for the GPU that the next launch meets, or INTERPRETED."""
+    if interpreted():
+        return INTERPRETED
+    target = driver.active.get_current_target()
+    return nearest(target.backend, target.arch)
+
+
+@functools.cache
+def nearest(backend: str, arch: int | str) -> str:
+    """The table's name for a compile target: ("cuda", 89) -> "sm_80", ("hip", "gfx950") -> "gfx942"."""
+    if backend == "hip":
+        return "gfx942"
+    return "sm_80" if arch < 90 else "sm_90" if arch < 100 else "sm_100"
