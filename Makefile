@@ -10,6 +10,10 @@ test: .venv/.test  ## set up, then style checks and tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/interpreted
+
+kernels: .venv/.test  ## compile every kernel for every GPU that the tables know, and hold it to its budget
+	$(BIN)/python -m bigtrain_kernels.static
 
 .venv/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,5 +30,5 @@ clean:  ## remove the environment and what tools left behind; runs/ and data/ st
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/:/'
 
-.PHONY: train test clean help
+.PHONY: train test kernels clean help
 .NOTPARALLEL:

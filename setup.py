@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.10",
     packages=[package for name, folder in FOLDERS.items() for package in find_packages(folder, include=[name, f"{name}.*"])],
     package_dir={name: f"{folder}/{name}" for name, folder in FOLDERS.items()},
-    package_data={"bigtrain": ["report_page/*"]},
+    package_data={"bigtrain": ["report_page/*"], "bigtrain_kernels": ["budgets.json"]},
     data_files=shipped_configs(),
     install_requires=[
         "torch>=2.6",

@@ -230,7 +230,9 @@ class Kernels(Section):
     """For attention alone; left out: as `backend` says. The same below."""
     norm: Backend | None = None
     rope: Backend | None = None
-    mlp: Backend | None = None
+    mlp: Literal["torch", "triton", "fused"] | None = None
+    """fused: Triton, and the two projections of a gated MLP are one kernel with the activation in it: a layer keeps neither of
+    them for its backward pass, which computes them again."""
     loss: Backend | None = None
 
     @property

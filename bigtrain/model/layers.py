@@ -82,19 +82,33 @@ class Attention(nn.Module):
         return self.o(out_BTHD.flatten(2))
 
 
+class Gate(Linear):
+    def forward(self, x_BTE: Tensor, up: Up | None = None, kind: str = "") -> Tensor:
+        """The projection; with `up`, the whole gated product. It is computed in there so that, under ZeRO-3, both weights are whole."""
+        return super().forward(x_BTE) if up is None else up(x_BTE, self.weight, kind)
+
+
+class Up(Linear):
+    def forward(self, x_BTE: Tensor, gate_FE: Tensor | None = None, kind: str = "") -> Tensor:
+        return super().forward(x_BTE) if gate_FE is None else ops.gated_linear(x_BTE, gate_FE, self.weight, kind, backend="triton")
+
+
 class MLP(nn.Module):
     def __init__(self, config: schema.Model, backends: ops.Backends):
         super().__init__()
-        self.kind, self.backend = config.mlp, backends.mlp
-        if self.kind in GATED:
-            self.gate = Linear(config.width, config.mlp_width, config.mlp_bias)
-        self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.kind, gated = config.mlp, config.mlp in GATED
+        self.fused = backends.mlp == "fused" and gated and not config.mlp_bias
+        self.backend = backends.elementwise
+        self.gate = Gate(config.width, config.mlp_width, config.mlp_bias) if gated else None
+        self.up = Up(config.width, config.mlp_width, config.mlp_bias)
         self.down = Linear(config.mlp_width, config.width, config.mlp_bias)
 
     def forward(self, x_BTE: Tensor) -> Tensor:
-        if self.kind in GATED:
-            return self.down(ops.glu(self.gate(x_BTE), self.up(x_BTE), self.kind, backend=self.backend))
-        return self.down(ops.activation(self.up(x_BTE), self.kind, backend=self.backend))
+        if self.gate is None:
+            return self.down(ops.activation(self.up(x_BTE), self.kind, backend=self.backend))
+        if self.fused:
+            return self.down(self.gate(x_BTE, self.up, self.kind))
+        return self.down(ops.glu(self.gate(x_BTE), self.up(x_BTE), self.kind, backend=self.backend))
 
 
 class Block(nn.Module):
@@ -141,7 +155,7 @@ class Head(nn.Module):
 
     def forward(self, x_BTE: Tensor, target_BT: Tensor | None = None):
         if self.transform is not None:
-            x_BTE = self.norm(ops.activation(self.transform(x_BTE), "gelu", backend=self.backends.mlp))
+            x_BTE = self.norm(ops.activation(self.transform(x_BTE), "gelu", backend=self.backends.elementwise))
         if target_BT is None:
             return F.linear(x_BTE, self.weight, self.bias)
         return ops.linear_cross_entropy(x_BTE.flatten(0, 1), self.weight, target_BT.flatten(), self.bias, backend=self.backends.loss)

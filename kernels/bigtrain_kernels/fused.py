@@ -117,7 +117,7 @@ def _rows(*xs_NF: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(hidden_NE, weight_VE, bias_V or None, target_N, need_grad) -> (summed loss, count of targets).
+    """(hidden_NE, weight_VE, bias_V or None, target_N, need_grad, z_loss, cap, smoothing) -> (summed loss, count of targets).
 
     Goes over the tokens in chunks, so that the logits of one chunk are all that ever exists, turns them into their own
     gradient in place, and forms the gradients of the inputs in the same pass (Hsu et al. 2024, Liger Kernel, section 3.2).
@@ -126,7 +126,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, target_N: Tensor, need_grad: bool):
+    def forward(
+        ctx,
+        hidden_NE: Tensor,
+        weight_VE: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        need_grad: bool,
+        z_loss: float = 0.0,
+        cap: float = 0.0,
+        smoothing: float = 0.0,
+    ):
         N, E = hidden_NE.shape
         C = chunk_tokens(N, E, weight_VE.shape[0])
         keep_N1 = target_N[:, None] != IGNORE
@@ -138,7 +148,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + C)
             h_CE, keep_C1 = hidden_NE[rows], keep_N1[rows]
             logits_CV = F.linear(h_CE, weight_VE, bias_V)
-            loss += _cross_entropy_(logits_CV, index_N1[rows], keep_C1, need_grad)
+            loss += _cross_entropy_(logits_CV, index_N1[rows], keep_C1, need_grad, z_loss, cap, smoothing)
             if need_grad:
                 # Ignored tokens leave through the narrow side of each product.
                 grad_hidden_NE[rows] = (logits_CV @ weight_VE).where(keep_C1, 0)
@@ -156,7 +166,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, _):
         # In place: autograd refuses a second backward pass over them, as it does over freed buffers.
-        return *(None if saved is None else saved.mul_(grad_loss) for saved in ctx.saved_tensors), None, None
+        return *(None if saved is None else saved.mul_(grad_loss) for saved in ctx.saved_tensors), *(None,) * 5
 
 
 def chunk_tokens(N: int, E: int, V: int) -> int:
@@ -164,18 +174,36 @@ def chunk_tokens(N: int, E: int, V: int) -> int:
     return 1 << max(0, max(2 * N * E, 1 << 22) // V - 1).bit_length()
 
 
-def _cross_entropy_(logits_CV: Tensor, index_C1: Tensor, keep_C1: Tensor, need_grad: bool) -> Tensor:
-    """Summed loss of the kept rows; with `need_grad`, replaces the logits by softmax - onehot."""
+def _cross_entropy_(
+    logits_CV: Tensor, index_C1: Tensor, keep_C1: Tensor, need_grad: bool, z_loss: float, cap: float, smoothing: float
+) -> Tensor:
+    """Summed loss of the kept rows; with `need_grad`, replaces the logits by its gradient: softmax - onehot, without options."""
     C, V = logits_CV.shape
     # On a CPU a few rows at a time: float32 scratch that fits in a core's cache instead of a pass over memory an operation.
     step = C if logits_CV.is_cuda else max(1, (1 << 19) // V)
     loss = logits_CV.new_zeros((), dtype=wide_dtype(logits_CV))
     for start in range(0, C, step):
         rows = slice(start, start + step)
-        logp = torch.log_softmax(logits_CV[rows], -1, dtype=loss.dtype)
-        loss -= logp.gather(1, index_C1[rows]).where(keep_C1[rows], 0).sum()
+        logits, index_R1 = logits_CV[rows], index_C1[rows]
+        if cap:
+            logits = _own(logits).div_(cap).tanh_().mul_(cap)
+        logp = torch.log_softmax(logits, -1, dtype=loss.dtype)
+        picked_R1 = logp.gather(1, index_R1)
+        loss_R1 = -picked_R1
+        if smoothing:
+            loss_R1 = loss_R1.lerp(-logp.mean(-1, keepdim=True), smoothing)
+        if z_loss:
+            lse_R1 = logits.gather(1, index_R1) - picked_R1
+            loss_R1 = loss_R1 + z_loss * lse_R1.square()
+        loss += loss_R1.where(keep_C1[rows], 0).sum()
         if need_grad:
-            logits_CV[rows] = logp.exp_().scatter_add_(1, index_C1[rows], logp.new_full((len(logp), 1), -1.0))
+            grad = logp.exp_()
+            if z_loss:
+                grad.mul_(1 + 2 * z_loss * lse_R1)
+            if smoothing:
+                grad.sub_(smoothing / V)
+            grad.scatter_add_(1, index_R1, grad.new_full((len(grad), 1), smoothing - 1))
+            logits_CV[rows] = grad.mul_(1 - (logits / cap).square_()) if cap else grad
     return loss
 
 

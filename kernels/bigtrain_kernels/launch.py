@@ -2,7 +2,7 @@
 
 Each kernel family keeps a small table, `(architecture, ...) -> Launch`, beside its kernels. Nothing is tuned while a job
 runs: every rank launches the same code, a run starts at once, and every entry has been compiled and checked before
-(`python -m bigtrain_kernels.static`). `benchmarks/kernels.py` measures other entries on a GPU.
+(`python -m bigtrain_kernels.static`). `benchmarks/tune.py` measures other entries on a GPU.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .attention import Ranges
 
 __all__ = [
-    "IGNORE", "Backends", "activation", "attention", "attention_mask", "glu", "layer_norm", "linear_cross_entropy", "packed_mask",
-    "range_mask", "resolve_backends", "rms_norm", "rope", "rope_angles",
+    "IGNORE", "Backends", "activation", "attention", "attention_mask", "gated_linear", "glu", "layer_norm", "linear_cross_entropy",
+    "packed_mask", "range_mask", "resolve_backends", "rms_norm", "rope", "rope_angles",
 ]  # fmt: skip
 
 Mask = Union[Tensor, "Ranges"]
@@ -36,13 +36,18 @@ Mask = Union[Tensor, "Ranges"]
 
 
 class Backends(NamedTuple):
-    """Who computes each family of operators: torch or triton."""
+    """Who computes each family of operators: torch or triton; the MLP also fused, as `gated_linear`."""
 
     attention: str = "torch"
     norm: str = "torch"
     rope: str = "torch"
     mlp: str = "torch"
     loss: str = "torch"
+
+    @property
+    def elementwise(self) -> str:
+        """Who computes the activations of an MLP that is not fused."""
+        return "triton" if self.mlp == "fused" else self.mlp
 
     def __str__(self) -> str:
         if len(set(self)) == 1:
@@ -57,13 +62,15 @@ def resolve_backends(device: torch.device | str, backend: str = "auto", choices:
     and meant for tests: it wants TRITON_INTERPRET=1 in the environment. Raises ValueError where triton cannot run.
     """
     device, chosen = torch.device(device), dict(choices or {})
-    for name in (backend, *chosen.values()):
-        if name not in ("auto", "torch", "triton"):
-            raise ValueError(f"kernel backend {name!r}: expected auto, torch or triton")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernel backend {backend!r}: expected auto, torch or triton")
+    for family, name in chosen.items():
+        if family not in Backends._fields or name not in ("torch", "triton", *["fused"] * (family == "mlp")):
+            raise ValueError(f"kernel backend {family}={name!r}: expected torch or triton for one of {', '.join(Backends._fields)}")
     if backend == "auto":
         backend = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
     backends = Backends(*(backend,) * len(Backends._fields))._replace(**chosen)
-    if "triton" in backends:
+    if set(backends) != {"torch"}:
         _require_triton(device)
     return backends
 
@@ -239,6 +246,17 @@ def glu(gate: Tensor, up: Tensor, kind: str, *, backend: str = "torch") -> Tenso
     return fused.Glu.apply(gate, up, kind)
 
 
+def gated_linear(x: Tensor, gate_FE: Tensor, up_FE: Tensor, kind: str, *, backend: str = "torch") -> Tensor:
+    """act(x gate^T) * (x up^T), kinds as for `glu`: x [..., E] -> [..., F]. On Triton one kernel, and neither product is kept."""
+    if kind not in ("swiglu", "geglu"):
+        raise ValueError(f"gated_linear {kind!r}: expected swiglu or geglu")
+    if backend == "triton":
+        from .gated_linear import gated_linear as kernel
+
+        return kernel(x.reshape(-1, x.shape[-1]), gate_FE, up_FE, kind).view(*x.shape[:-1], -1)
+    return glu(F.linear(x, gate_FE), F.linear(x, up_FE), kind)
+
+
 def activation(x: Tensor, kind: str, *, backend: str = "torch") -> Tensor:
     """gelu (exact), gelu_tanh or relu2 (squared ReLU), elementwise."""
     if kind not in ("gelu", "gelu_tanh", "relu2"):
@@ -253,13 +271,32 @@ def activation(x: Tensor, kind: str, *, backend: str = "torch") -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden_NE: Tensor, weight_VE: Tensor, target_N: Tensor, bias_V: Tensor | None = None, *, backend: str = "torch"
+    hidden_NE: Tensor,
+    weight_VE: Tensor,
+    target_N: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    z_loss: float = 0.0,
+    cap: float = 0.0,
+    smoothing: float = 0.0,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of softmax(hidden weight^T + bias) without the logits of the whole batch in memory.
 
     Returns (loss summed over the targets, float32; number of targets, int64), both scalars; a target of -100 has no loss and
     no gradient, and (0, 0) is the value of a batch of those. Rows of `weight_VE` beyond the tokenizer's take part in the
     softmax like any other. The gradients are formed in the forward pass when any is needed, so backward runs once.
+
+    z_loss     adds z_loss * logsumexp^2 a target (Chowdhery et al. 2022, PaLM, section 5)
+    cap        bounds the logits to cap * tanh(logits / cap), where it is above 0 (Gemma Team 2024, Gemma 2, section 2)
+    smoothing  spreads that share of each target over the whole vocabulary (Szegedy et al. 2016, section 7)
     """
+    options = {"z_loss": z_loss, "cap": cap, "smoothing": smoothing}
+    if backend == "triton":
+        from .cross_entropy import linear_cross_entropy as kernel
+
+        return kernel(hidden_NE, weight_VE, target_N, bias_V, **options)
     need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_NE, weight_VE, bias_V))
-    return fused.LinearCrossEntropy.apply(hidden_NE, weight_VE, bias_V, target_N, need_grad)
+    return fused.LinearCrossEntropy.apply(
+        hidden_NE, weight_VE, bias_V, target_N, need_grad, *(options.values() if any(options.values()) else ())
+    )

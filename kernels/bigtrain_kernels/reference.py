@@ -177,8 +177,26 @@ def glu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return (act * wide(up)).to(gate.dtype)
 
 
-def linear_cross_entropy(hidden_NE: Tensor, weight_VE: Tensor, target_N: Tensor, bias_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of softmax(hidden weight^T + bias) and the number of targets; see `ops.linear_cross_entropy`."""
+def linear_cross_entropy(
+    hidden_NE: Tensor,
+    weight_VE: Tensor,
+    target_N: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    z_loss: float = 0.0,
+    cap: float = 0.0,
+    smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of softmax(hidden weight^T + bias) and the number of targets; see `ops.linear_cross_entropy`.
+
+    z_loss * logsumexp^2 a target: Chowdhery et al. 2022 (PaLM), section 5; logits = cap tanh(logits / cap): Gemma 2, section 2;
+    smoothing: Szegedy et al. 2016, section 7.
+    """
     logits_NV = F.linear(wide(hidden_NE), wide(weight_VE), None if bias_V is None else wide(bias_V))
-    loss = F.cross_entropy(logits_NV, target_N.long(), ignore_index=IGNORE, reduction="sum")
-    return loss, (target_N != IGNORE).sum()
+    if cap:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    keep_N = target_N != IGNORE
+    loss = F.cross_entropy(logits_NV, target_N.long(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+    if z_loss:
+        loss = loss + z_loss * logits_NV.logsumexp(-1).square().where(keep_N, 0).sum()
+    return loss, keep_N.sum()

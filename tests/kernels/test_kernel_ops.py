@@ -286,7 +286,10 @@ def test_no_graph_break(name):
 def test_unknown_names_are_refused():
     for call in (
         lambda: ops.resolve_backends("cpu", "cuda"),
+        lambda: ops.resolve_backends("cuda", "torch", {"norm": "fused"}),
+        lambda: ops.resolve_backends("cuda", "torch", {"mpl": "torch"}),
         lambda: ops.glu(torch.ones(1), torch.ones(1), "gelu"),
+        lambda: ops.gated_linear(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), "gelu"),
         lambda: ops.activation(torch.ones(1), "swiglu"),
         lambda: reference.activation(torch.ones(1), "swiglu"),
         lambda: reference.glu(torch.ones(1), torch.ones(1), "gelu"),

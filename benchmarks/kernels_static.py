@@ -1,0 +1,226 @@
+"""What does the compiler make of our kernels, and of those that one would install instead?
+
+    pip install liger-kernel fla-core einops
+    python benchmarks/kernels_static.py [--arch sm_80 sm_90] [--only attention norm] [--tutorial 06-fused-attention.py]
+
+Needs no GPU: both sides go through their own host functions and are compiled in place of being launched, at the same shapes,
+with the launch options that their projects choose for that GPU; `bigtrain_kernels.static` says what the columns mean. A peer that is
+not installed is left out. Triton's tutorial of fused attention comes in no package: `--tutorial` takes its file from Triton's
+repository, compiled with blocks of 128 x 64, four warps and three stages, one of the choices that it tunes over.
+
+Statically verified, not benchmarked: fewer instructions, registers and spills are reasons for speed, not speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.runtime.autotuner import Autotuner
+
+from bigtrain_kernels import static
+from bigtrain_kernels.launch import ARCHITECTURES, Case
+from bigtrain_kernels.static_compile import AbsentGpu
+from bigtrain_kernels.static_facts import PROCESSORS
+
+BF16 = torch.bfloat16
+OURS = {
+    "attention": ("attention d64 bf16 causal", "attention d128 bf16 causal"),
+    "norm": ("norm rms_norm 4096 bfloat16",),
+    "rope": ("rope d128 bfloat16 half",),
+    "mlp": ("mlp glu swiglu bfloat16",),
+    "cross_entropy": ("cross_entropy bfloat16",),
+}
+"""Words of our cases for each group of rows."""
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+class Peer(NamedTuple):
+    """Somebody's kernels: the cases of one group, and what tells their code which GPU it is for."""
+
+    package: str
+    group: str
+    cases: Callable[[], Iterator[Case]]
+    on: Callable[[str], contextlib.AbstractContextManager]
+
+
+def liger_norm() -> Iterator[Case]:
+    from liger_kernel.ops import fused_add_rms_norm as ops
+
+    N, E = 16384, 4096
+    x, residual, grad, grad_residual = (empty(N, E) for _ in range(4))
+    weight, rstd = empty(E), empty(N, dtype=torch.float32)
+    block, warps = ops.calculate_settings(E)
+    yield Case("rms_norm forward 4096", lambda: ops.fused_add_rms_norm_forward(x, residual, weight, 1e-5, 0.0, "llama"), 0, 8 * N * E)
+    llama = ops._CASTING_MODE_LLAMA.value
+    yield Case(
+        "rms_norm backward 4096",
+        lambda: ops.fused_add_rms_norm_backward(grad, grad_residual, x, weight, rstd, 0.0, llama, block, warps, 2, False),
+        0, 8 * N * E,
+    )  # fmt: skip
+
+
+def liger_rope() -> Iterator[Case]:
+    from liger_kernel.ops.rope import rope_backward, rope_forward
+
+    q, k = empty(4, 4096, 32, 128).transpose(1, 2), empty(4, 4096, 8, 128).transpose(1, 2)
+    cos, sin = (empty(4, 4096, 128, dtype=torch.float32) for _ in range(2))
+    moved = 4 * (q.numel() + k.numel()) + 8 * cos.numel()
+    yield Case("rope d128", lambda: rope_forward(q, k, cos, sin), 0, moved)
+    yield Case("rope d128 backward", lambda: rope_backward(q, k, cos, sin), 0, moved)
+
+
+def liger_mlp() -> Iterator[Case]:
+    from liger_kernel.ops.swiglu import swiglu_backward, swiglu_forward
+
+    gate, up, grad = (empty(8192, 14336) for _ in range(3))
+    yield Case("swiglu forward", lambda: swiglu_forward(gate, up), 0, 3 * gate.nbytes)
+    yield Case("swiglu backward", lambda: swiglu_backward(gate, up, grad), 0, 5 * gate.nbytes)
+
+
+def liger_cross_entropy() -> Iterator[Case]:
+    from liger_kernel.ops.cross_entropy import cross_entropy_forward
+
+    # Its fused linear cross entropy calls cuBLAS for the logits of a chunk of tokens, then this kernel, then cuBLAS twice.
+    logits, target = empty(1024, 128256).requires_grad_(), torch.zeros(1024, dtype=torch.int64)
+    run = lambda: cross_entropy_forward(logits, target, None, -100, 0.0, 0.0, "mean", None, False)  # noqa: E731
+    yield Case("cross entropy of a chunk of logits", run, 0, 2 * logits.nbytes)
+
+
+@contextlib.contextmanager
+def liger_on(architecture: str) -> Iterator[None]:
+    from liger_kernel.ops import cross_entropy, swiglu
+
+    family = {"sm_80": "ampere_ada", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3"}[architecture]
+    hip = architecture.startswith("gfx")
+    with contextlib.ExitStack() as stack:
+        for module in (cross_entropy, swiglu):
+            stack.enter_context(mock.patch.object(module, "infer_device_arch", lambda: family))
+        stack.enter_context(mock.patch.object(cross_entropy, "is_hip", lambda: hip))
+        yield
+
+
+def fla_attention() -> Iterator[Case]:
+    from fla.ops.attn.parallel import parallel_attn_bwd, parallel_attn_fwd
+
+    B, T, H, G = 4, 4096, 16, 4
+    for D in (64, 128):
+        q, out, grad = (empty(B, T, H, D) for _ in range(3))
+        k, v = (empty(B, T, G, D) for _ in range(2))
+        lse = empty(B, T, H, dtype=torch.float32)
+        flops, moved = 2 * B * H * T * T * D, 4 * (q.numel() + k.numel())
+        forward = lambda q=q, k=k, v=v, s=D**-0.5: parallel_attn_fwd(q, k, v, None, None, s)  # noqa: E731
+        yield Case(f"attention forward d{D} causal", forward, flops, moved)
+        backward = lambda q=q, k=k, v=v, o=out, g=grad, e=lse, s=D**-0.5: parallel_attn_bwd(q, k, v, o, None, e, g, scale=s)  # noqa: E731
+        yield Case(f"attention backward d{D} causal", backward, 7 * flops // 2, 2 * moved)
+
+
+def fla_on(architecture: str) -> contextlib.AbstractContextManager:
+    from fla.ops.attn import parallel
+
+    shared = {"hopper": 232448, "ampere": 166912}  # its Backend.get_shared_memory
+    limit = PROCESSORS[architecture].shared_per_block
+    return mock.patch.object(parallel, "check_shared_mem", lambda family, device=0: limit >= shared[family])
+
+
+PEERS = [
+    Peer("liger_kernel", "norm", liger_norm, liger_on),
+    Peer("liger_kernel", "rope", liger_rope, liger_on),
+    Peer("liger_kernel", "mlp", liger_mlp, liger_on),
+    Peer("liger_kernel", "cross_entropy", liger_cross_entropy, liger_on),
+    Peer("fla", "attention", fla_attention, fla_on),
+]
+
+
+def tutorial(path: str) -> Peer:
+    """Triton's fused attention from its file: fp16, and as many key heads as query heads, which is all that it knows."""
+    spec = importlib.util.spec_from_file_location("tutorial", path)
+    module = importlib.util.module_from_spec(spec)
+    gpu = AbsentGpu("sm_90")
+    gpu.get_active_torch_device = lambda: torch.device("meta")
+    with mock.patch.object(triton.runtime.driver, "_active", gpu):
+        spec.loader.exec_module(module)
+
+    def cases() -> Iterator[Case]:
+        for D in (64, 128):
+            q, k, v = (empty(4, 16, 4096, D, dtype=torch.float16).requires_grad_() for _ in range(3))
+            flops, moved = 2 * 4 * 16 * 4096**2 * D, 8 * q.numel()
+
+            def forward(q: Any = q, k: Any = k, v: Any = v, s: float = D**-0.5) -> torch.Tensor:
+                return module.attention(q, k, v, True, s, False)
+
+            yield Case(f"attention d{D} causal, forward and backward", lambda f=forward: f().sum().backward(), 9 * flops // 2, 3 * moved)
+
+    def first_choice(tuner: Autotuner, *args: Any, **options: Any) -> Any:
+        wanted = {"BLOCK_M": 128, "BLOCK_N": 64}
+        chosen = next(
+            (c for c in tuner.configs if wanted.items() <= c.kwargs.items() and (c.num_warps, c.num_stages) == (4, 3)), tuner.configs[0]
+        )
+        if chosen.pre_hook is not None:
+            chosen.pre_hook({**dict(zip(tuner.arg_names, args)), **options, **chosen.all_kwargs()})
+        return tuner.fn.run(*args, **options, **chosen.all_kwargs())
+
+    return Peer("triton", "attention", cases, lambda architecture: mock.patch.object(Autotuner, "run", first_choice))
+
+
+def compare(architecture: str, groups: Sequence[str], peers: Sequence[Peer]) -> Iterator[tuple[str, static.Row]]:
+    """(whose, row): ours, then the peers', group by group."""
+    for group in groups:
+        for job in static.jobs([architecture], OURS[group]):
+            print(f"{architecture} {job.name}", file=sys.stderr)
+            yield from (("bigtrain", row) for row in static.measure(job))
+        for peer in peers:
+            if peer.group == group:
+                with peer.on(architecture):
+                    for case in peer.cases():
+                        print(f"{architecture} {peer.package} {case.name}", file=sys.stderr)
+                        yield from ((peer.package, row) for row in static.rows_of(architecture, case))
+
+
+COLUMNS = (
+    "", "case", "kernel", "warps", "stages", "regs", "spilled B", "shared KiB", "resident warps", "matrix instr.", "instr.", "in loop",
+    "per matrix", "per MFLOP", "wide", "async", "narrow", "f64", "atomics",
+)  # fmt: skip
+
+
+def table(rows: Sequence[tuple[str, static.Row]]) -> str:
+    """One part for each architecture, in Markdown."""
+    lines = []
+    for architecture in dict.fromkeys(row.architecture for _, row in rows):
+        lines += [f"{architecture} ({PROCESSORS[architecture].gpu}), triton {triton.__version__}: {static.LABEL}", ""]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        for whose, row in rows:
+            if row.architecture == architecture:
+                found = dict(zip(static.COLUMNS, static.cells(row)))
+                lines.append("| " + " | ".join([whose, *(found[name] for name in COLUMNS[1:])]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--only", nargs="+", choices=list(OURS), default=list(OURS))
+    parser.add_argument("--tutorial", metavar="FILE", help="06-fused-attention.py of Triton's repository")
+    options = parser.parse_args(argv)
+    peers = [peer for peer in PEERS if importlib.util.find_spec(peer.package)]
+    for missing in sorted({peer.package for peer in PEERS} - {peer.package for peer in peers}):
+        print(f"{missing} is not installed: left out", file=sys.stderr)
+    if options.tutorial:
+        peers.append(tutorial(options.tutorial))
+    print(table([row for architecture in options.arch for row in compare(architecture, options.only, peers)]))
+
+
+if __name__ == "__main__":
+    main()

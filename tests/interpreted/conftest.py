@@ -1,0 +1,49 @@
+"""Kernels in Triton's interpreter: a process of its own, `python -m pytest tests/interpreted`.
+
+TRITON_INTERPRET counts when a kernel is decorated, so it is set here, before anything imports Triton. An interpreted kernel
+cannot be compiled in the same process; tests that compile or that want no Triton at all live in the other folders.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+if not isinstance(tl.softmax, InterpretedFunction):
+    pytest.exit("Triton was imported before TRITON_INTERPRET=1 was set: run `python -m pytest tests/interpreted` by itself")
+
+from bigtrain_kernels import interpreter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def repaired():
+    """The interpreter with its bf16 repaired; the run ends here if the repair does not hold."""
+    torch.set_num_threads(1)
+    interpreter.install()
+    try:
+        interpreter.verify()
+    except RuntimeError as error:
+        pytest.exit(f"Triton's interpreter cannot be trusted: {error}", returncode=3)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def checked():
+    """`interpreter.checked()` around the whole test: every launch is checked, fresh memory is poisoned."""
+    with interpreter.checked() as launches:
+        yield launches
