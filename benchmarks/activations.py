@@ -70,8 +70,13 @@ def measure(config: Model, length: int, dtype: torch.dtype) -> dict[str, float]:
     """Bytes a token of one layer, by who computes it."""
     found = {}
     context = Context(ops.rope_angles(torch.arange(length)[None], config.head_dim_, config.rope_theta), None, None, None)
-    for name, backend in (("plain torch", "torch"), ("bigtrain, torch backend", "torch"), ("bigtrain, Triton kernels", "triton")):
-        model = Transformer(config, config.vocab_size, ops.resolve_backends("cpu", backend))
+    for name, backends in (
+        ("plain torch", ops.resolve_backends("cpu", "torch")),
+        ("bigtrain, torch backend", ops.resolve_backends("cpu", "torch")),
+        ("bigtrain, Triton kernels", ops.resolve_backends("cpu", "triton")),
+        ("the same, the MLP fused", ops.resolve_backends("cpu", "triton", {"mlp": "fused"})),
+    ):
+        model = Transformer(config, config.vocab_size, backends)
         initialise(model, seed=0)
         x = torch.randn(1, length, config.width).to(dtype).requires_grad_()
         layers.ops = PlainOps if name == "plain torch" else ops

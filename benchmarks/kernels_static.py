@@ -6,7 +6,7 @@
 Needs no GPU: both sides go through their own host functions and are compiled in place of being launched, at the same shapes,
 with the launch options that their projects choose for that GPU; `bigtrain_kernels.static` says what the columns mean. A peer that is
 not installed is left out. Triton's tutorial of fused attention comes in no package: `--tutorial` takes its file from Triton's
-repository, compiled with blocks of 128 x 64, four warps and three stages, one of the choices that it tunes over.
+repository, compiled with blocks of 128 x 64 and four warps, the first configuration with those of the ones that it tunes over.
 
 Statically verified, not benchmarked: fewer instructions, registers and spills are reasons for speed, not speed.
 """
@@ -147,10 +147,6 @@ def tutorial(path: str) -> Peer:
     """Triton's fused attention from its file: fp16, and as many key heads as query heads, which is all that it knows."""
     spec = importlib.util.spec_from_file_location("tutorial", path)
     module = importlib.util.module_from_spec(spec)
-    gpu = AbsentGpu("sm_90")
-    gpu.get_active_torch_device = lambda: torch.device("meta")
-    with mock.patch.object(triton.runtime.driver, "_active", gpu):
-        spec.loader.exec_module(module)
 
     def cases() -> Iterator[Case]:
         for D in (64, 128):
@@ -162,16 +158,23 @@ def tutorial(path: str) -> Peer:
 
             yield Case(f"attention d{D} causal, forward and backward", lambda f=forward: f().sum().backward(), 9 * flops // 2, 3 * moved)
 
-    def first_choice(tuner: Autotuner, *args: Any, **options: Any) -> Any:
-        wanted = {"BLOCK_M": 128, "BLOCK_N": 64}
-        chosen = next(
-            (c for c in tuner.configs if wanted.items() <= c.kwargs.items() and (c.num_warps, c.num_stages) == (4, 3)), tuner.configs[0]
-        )
-        if chosen.pre_hook is not None:
-            chosen.pre_hook({**dict(zip(tuner.arg_names, args)), **options, **chosen.all_kwargs()})
-        return tuner.fn.run(*args, **options, **chosen.all_kwargs())
+    def one_config(tuner: Autotuner, *args: Any, **options: Any) -> Any:
+        tile = {"BLOCK_M": 128, "BLOCK_N": 64}
+        config = next(c for c in tuner.configs if tile.items() <= c.kwargs.items() and c.num_warps == 4)
+        if config.pre_hook is not None:
+            config.pre_hook({**dict(zip(tuner.arg_names, args)), **options, **config.all_kwargs()})
+        return tuner.fn.run(*args, **options, **config.all_kwargs())
 
-    return Peer("triton", "attention", cases, lambda architecture: mock.patch.object(Autotuner, "run", first_choice))
+    @contextlib.contextmanager
+    def on(architecture: str) -> Iterator[None]:
+        gpu = AbsentGpu(architecture)
+        gpu.get_active_torch_device = lambda: torch.device("meta")
+        with mock.patch.object(triton.runtime.driver, "_active", gpu):  # it asks for the GPU when it is imported
+            spec.loader.exec_module(module)
+        with mock.patch.object(Autotuner, "run", one_config):
+            yield
+
+    return Peer("tutorial", "attention", cases, on)
 
 
 def compare(architecture: str, groups: Sequence[str], peers: Sequence[Peer]) -> Iterator[tuple[str, static.Row]]:

@@ -1,15 +1,18 @@
-"""The throughput benchmark, short of its measurements: options, processes, ratios, goals, the table and the JSON."""
+"""The benchmarks, short of their measurements: options, processes, ratios, goals, tables and JSON; what they say without a GPU."""
 
 import io
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from bigtrain import configfile
@@ -27,6 +30,7 @@ import processes
 import throughput
 from comparison import Goal, Measurement
 
+BENCHMARKS = Path(throughput.__file__).parent
 CPU = Hardware("cpu", 0, "Some CPU", True, False, "", cores=2, memory_gib=8.0)
 GPUS = Hardware("cuda", 4, "Some GPU", True, True, "", cores=16, memory_gib=64.0)
 
@@ -202,3 +206,20 @@ def test_a_loop_takes_its_steps(tmp_path):
     ends, loss, device_gib = throughput.read_peer(tmp_path, 1)
     assert len(ends) == 2 and before < ends[0] < ends[1] < time.time()
     assert device_gib == 0.0 and loss == pytest.approx(math.log(64), abs=0.1)
+
+
+@pytest.mark.parametrize("script", ["kernels.py", "tune.py"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a GPU")
+def test_what_needs_a_gpu_says_so(script):
+    done = subprocess.run([sys.executable, BENCHMARKS / script], cwd=BENCHMARKS.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "there is none" in done.stderr and "bigtrain_kernels.static" in done.stderr
+
+
+def test_activations_of_a_layer():
+    """A block on the kernels keeps at most a third of what it keeps on plain torch, and no more than on the torch backend."""
+    command = [sys.executable, BENCHMARKS / "activations.py", "--length", "64", "--width", "64", "--heads", "2", "--mlp-width", "176"]
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = "plain torch", "torch backend", "Triton kernels", "the MLP fused"
+    plain, torch_backend, triton, fused = (int(re.search(rf"{name} +│ +([0-9,]+)", done.stdout)[1].replace(",", "")) for name in rows)
+    assert fused < triton <= torch_backend and 3 * triton <= plain

@@ -30,6 +30,10 @@ def _entry(n: int, f: int, e: int, warps: int, stages: int, parts: int) -> Launc
     return Launch({"BLOCK_N": n, "BLOCK_F": f, "BLOCK_E": e, "GROUP": 8, "PARTS": parts}, warps, stages)
 
 
+SMALL = _entry(64, 64, 32, 8, 2, 1)
+"""Of float32, and of any dtype where rows do not start at multiples of 16 elements: nothing is loaded 128 bits or asynchronously
+there, so that the pipeline lives in registers and larger tiles would spill. No case of the static gate: its loads are narrow."""
+
 # Keys: architecture, bytes of an element. Both accumulators of a tile take half of the registers (none on sm_100, which has tensor
 # memory for them), so the epilogue goes through a tile in PARTS: in one piece the backward pass of sm_90 spills 200 to 500 bytes.
 # Tiles are as large as 128 x 256 of one product; sm_80 takes them upright, since 128 x 128 of both spills with an erf behind it.
@@ -38,7 +42,7 @@ FORWARD: dict[tuple[str, int], Launch] = {
     ("sm_90", 2): _entry(128, 128, 64, 8, 4, 8),
     ("sm_100", 2): _entry(128, 128, 64, 8, 4, 4),
     ("gfx942", 2): _entry(128, 128, 32, 8, 2, 2),
-    **{(arch, 4): _entry(64, 64, 32, 8, 2, 1) for arch in ARCHITECTURES},
+    **{(arch, 4): SMALL for arch in ARCHITECTURES},
     **{(INTERPRETED, size): _entry(32, 32, 32, 4, 1, 2) for size in (2, 4)},
 }
 BACKWARD: dict[tuple[str, int], Launch] = {**FORWARD, ("sm_80", 2): _entry(256, 64, 32, 8, 4, 4)}
@@ -162,7 +166,7 @@ def forward(x_NE: Tensor, gate_FE: Tensor, up_FE: Tensor, kind: str) -> Tensor:
     x, gate, up = (_inner_contiguous(t) for t in (x_NE, gate_FE, up_FE))
     out = x.new_empty(len(x), len(gate))
     if out.numel():
-        launch = FORWARD[architecture(), x.element_size()]
+        launch = _launch(FORWARD, x, gate, up)
         _forward[_grid(out, launch)](x, gate, up, out, *_arguments(x, gate, up), **_options(x, kind, launch))
     return out
 
@@ -172,13 +176,18 @@ def backward(grad_NF: Tensor, x_NE: Tensor, gate_FE: Tensor, up_FE: Tensor, kind
     grad, x, gate, up = (_inner_contiguous(t) for t in (grad_NF, x_NE, gate_FE, up_FE))
     dgate, dup = (torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(2))
     if grad.numel():
-        launch = BACKWARD[architecture(), x.element_size()]
+        launch = _launch(BACKWARD, x, gate, up)
         _backward[_grid(grad, launch)](grad, x, gate, up, dgate, dup, *_arguments(x, gate, up), **_options(x, kind, launch))
     return dgate, dup
 
 
 def _inner_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _launch(table: dict[tuple[str, int], Launch], *operands: Tensor) -> Launch:
+    aligned = all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+    return table[architecture(), operands[0].element_size()] if aligned else SMALL
 
 
 def _grid(out_NF: Tensor, launch: Launch) -> tuple[int]:

@@ -14,10 +14,10 @@ FORWARD, BACKWARD = 2.0, 3.0
 RMS = {torch.bfloat16: 0.005, torch.float16: 0.005, torch.float32: 1e-5}
 """Root mean square of the error over that of the exact values, at most."""
 STANDARD_ERRORS = 5.0
-"""Beyond this a signed bias is no chance: five is chance in one tensor of 100,000 (64 values, t distribution), three in one of 130."""
-FEWEST, MANY = 64, 1000
-"""Distinct values from which a bias can be told from chance, and values from which a norm hardly scatters: in bf16 the RMS ratios of
-attention's gradients lie at 0.003 at length 200, and from 0.002 to 0.007 at length 3."""
+"""Beyond this a signed bias is no chance: in one tensor of a million it is; beyond three, in one of 180."""
+MANY = 1000
+"""Values from which norms and means hardly scatter, rows that share an error and all: in bf16 the RMS ratios of attention's
+gradients lie at 0.003 at length 200, and from 0.002 to 0.007 at length 3."""
 
 
 def check(
@@ -28,8 +28,8 @@ def check(
     - The norm of our error is at most `limit` times that of plain torch's (FORWARD or BACKWARD), or what one rounding of the exact
       values may cost: plain torch may be exact. Fewer than MANY values may have worse luck than plain torch's: both bounds grow with
       the fourth root of what is missing.
-    - Its RMS ratio, of MANY values or more, is below RMS or no higher than plain torch's: what cancels has few right digits in any code.
-    - It has no signed bias, in value or in magnitude (truncation shrinks both signs).
+    - Of MANY values or more, its RMS ratio is below RMS or no higher than plain torch's: what cancels has few right digits in any code.
+    - Of MANY distinct values, it has no signed bias, in value or in magnitude (truncation shrinks both signs).
     - Where the exact value is infinite or NaN ours is the same; where it is finite ours is.
 
     `zero` is the root mean square error that counts as none, for results that cancel to zero. Integers must be equal.
@@ -64,11 +64,13 @@ def _faults(ours: Tensor, plain: Tensor, exact: Tensor, limit: float, zero: floa
         return
     error, unit = ours - exact, torch.finfo(dtype).eps / 2
     size, norm, plain_norm = float(exact.norm()), float(error.norm()), float((plain - exact).nan_to_num().norm())
-    luck, none = max(1.0, MANY / len(exact)) ** 0.25, zero * len(exact) ** 0.5
+    rms, none = RMS.get(dtype, 1e-12), zero * len(exact) ** 0.5
+    luck = max(1.0, MANY / len(exact)) ** 0.25
     if not norm <= max(luck * limit * plain_norm, luck * unit * size, none):
         yield f"error norm {norm:.3g}, {norm / max(plain_norm, 1e-300):.2f} times plain torch's {plain_norm:.3g}; at most {limit:g} times"
-    rms = RMS.get(dtype, 1e-12)
-    if len(exact) >= MANY and not norm <= max(rms * size, plain_norm, none):
+    if len(exact) < MANY:
+        return
+    if not norm <= max(rms * size, plain_norm, none):
         yield f"error RMS ratio {norm / max(size, 1e-300):.3g}, at most {rms:g}"
     # Rounded constants (log2(e) times a scale) shift all float32 results alike; a tenth of the RMS ratio is left to them.
     allowed = max((unit / 10 if dtype.itemsize < 4 else rms / 10) * float(exact.abs().mean()), zero)
@@ -78,7 +80,7 @@ def _faults(ours: Tensor, plain: Tensor, exact: Tensor, limit: float, zero: floa
 
 def _bias(of: str, error: Tensor, exact: Tensor, allowed: float):
     distinct = len(exact.unique())  # equal values are rounded alike: one observation
-    if distinct < FEWEST:
+    if distinct < MANY:
         return
     mean, deviation = float(error.mean()), float(error.std()) / distinct**0.5
     if abs(mean) > max(STANDARD_ERRORS * deviation, allowed):

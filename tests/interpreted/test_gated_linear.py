@@ -73,6 +73,16 @@ def test_widths(E, F):
     compare(inputs(40, E, F, BF16), "swiglu")
 
 
+def test_alignment():
+    """Rows that begin anywhere take the small tile; a view that begins between two multiples of 16 bytes does too."""
+    aligned = torch.empty(8, 32, dtype=BF16)
+    large = fused._launch(fused.FORWARD, aligned)
+    assert large != fused.SMALL
+    assert fused._launch(fused.FORWARD, aligned[:, 1:]) == fused.SMALL
+    assert fused._launch(fused.FORWARD, aligned, torch.empty(8, 33, dtype=BF16)) == fused.SMALL
+    compare([t[:, 1:17] for t in inputs(40, 32, 40, BF16)], "swiglu")
+
+
 def test_width_zero():
     """A sum of nothing."""
     x, gate, up = inputs(5, 0, 7, F32)
@@ -132,7 +142,7 @@ def test_any_order_of_programs():
 @pytest.mark.parametrize(("N", "F"), [(1, 1), (33, 1000), (320, 40), (300, 300)])
 def test_every_tile_once(N, F):
     """The grouped order visits each tile, also where the last group is short (`checked` finds tiles that are missed or doubled)."""
-    x, gate, up = inputs(N, 1, F, F32)
+    x, gate, up = inputs(N, 16, F, F32)
     with checked() as launches:
         fused.forward(x, gate, up, "swiglu")
     assert launches[0].grid[0] == -(-N // 32) * -(-F // 32)

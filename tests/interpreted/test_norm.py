@@ -67,7 +67,7 @@ def prove(kind, residual, inputs, leaves=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("N", "E"), [(1, 130), (97, 63), (63, 97), (130, 16), (7, 257)])
+@pytest.mark.parametrize(("N", "E"), [(1, 130), (97, 63), (63, 97), (5, 257)])
 def test_values_and_gradients(kind, residual, dtype, N, E, checked):
     prove(kind, residual, inputs_of(kind, (N, E), dtype, residual=residual))
 
@@ -121,6 +121,14 @@ def test_finite_differences(kind):
         return mathematics(x + residual, *affine, EPS), x + residual
 
     proof.differences(partial(ours, kind, True), exact, inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_norm_is_that_of_the_rounded_sum(kind, checked):
+    x, residual, *affine = inputs_of(kind, (9, 40), torch.bfloat16)
+    normed, total = ours(kind, True, x, residual, *affine)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, ours(kind, False, x + residual, *affine))
 
 
 @pytest.mark.parametrize("kind", KINDS)

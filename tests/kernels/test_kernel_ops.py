@@ -156,7 +156,10 @@ def test_bf16_rounds_little():
     rounding(lambda g, u: ops.glu(g, u, "geglu"), (rand(32, 64), rand(32, 64)))
     rounding(lambda q, k, v: ops.attention(q, k, v, causal=True), [rand(2, 16, h, 8) for h in (4, 2, 2)])
     target = torch.arange(32)
-    rounding(lambda h, w: ops.linear_cross_entropy(h, w, target)[0] / 32, (rand(32, 64), 0.1 * rand(80, 64)))
+    for options in ({}, {"z_loss": 1e-3, "cap": 5.0, "smoothing": 0.1}):
+        rounding(
+            lambda h, w, options=options: ops.linear_cross_entropy(h, w, target, **options)[0] / 32, (rand(32, 64), 0.1 * rand(80, 64))
+        )
 
 
 # the loss
@@ -181,6 +184,34 @@ def test_loss(bias, size):
 
     same(summed(ops.linear_cross_entropy), summed(reference.linear_cross_entropy), inputs)
     assert ops.linear_cross_entropy(*inputs[:2], target)[1] == (target != -100).sum()
+
+
+@pytest.mark.parametrize(
+    "options", [{"z_loss": 0.1}, {"cap": 1.5}, {"smoothing": 0.2}, {"z_loss": 0.1, "cap": 1.5, "smoothing": 0.2}], ids=" ".join
+)
+@pytest.mark.parametrize("size", [dict(), dict(N=70, E=2, V=MANY, ignored=(0, 40, 69))], ids=["one chunk", "many chunks"])
+def test_loss_options(options, size):
+    inputs, target = loss_inputs(**size)
+
+    def summed(op):
+        return lambda h, w, b: 3 * op(h, w, target, b, **options)[0]
+
+    same(summed(ops.linear_cross_entropy), summed(reference.linear_cross_entropy), inputs)
+
+
+def test_loss_options_by_hand():
+    logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]], dtype=F64)
+    target, eye = torch.tensor([2, 0]), torch.eye(3, dtype=F64)
+
+    def loss(**options):
+        return ops.linear_cross_entropy(logits, eye, target, **options)[0]
+
+    lse = logits.exp().sum(1).log()
+    picked = logits[[0, 1], target]
+    torch.testing.assert_close(loss(z_loss=0.1), (lse - picked + 0.1 * lse**2).sum())
+    torch.testing.assert_close(loss(smoothing=0.3), (lse - 0.7 * picked - 0.3 * logits.mean(1)).sum())
+    bounded = 2 * torch.tanh(logits / 2)
+    torch.testing.assert_close(loss(cap=2.0), ops.linear_cross_entropy(bounded, eye, target)[0])
 
 
 def test_loss_types():

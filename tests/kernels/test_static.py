@@ -1,15 +1,21 @@
 """The static gate: does it see what it must see? Small kernels whose faults are known, budgets that worsen, and the real tables."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import kernels_static
 
 from bigtrain_kernels import static, static_compile, static_facts
 from bigtrain_kernels.launch import ARCHITECTURES, Case
@@ -352,6 +358,24 @@ def test_the_interpreter_is_refused(tmp_path):
 def test_an_unknown_architecture():
     with pytest.raises(ValueError, match="sm_70"), static_compile.compile_only("sm_70"):
         pass
+
+
+def test_beside_peers(monkeypatch):
+    """The benchmark compiles both sides by the same code; a kernel of this file stands for a peer's."""
+    x, here = empty(1 << 20), []
+    cases = lambda: iter([Case("copied", lambda: copy[1024,](x, x, 1 << 20, 1024), 0, 8 << 20)])  # noqa: E731
+
+    @contextlib.contextmanager
+    def on(architecture):
+        here.append(architecture)
+        yield
+
+    monkeypatch.setitem(kernels_static.OURS, "mlp", ("mlp glu forward swiglu bfloat16",))
+    peers = [kernels_static.Peer("somebody", "mlp", cases, on), kernels_static.Peer("nobody", "norm", cases, on)]
+    rows = list(kernels_static.compare("sm_90", ["mlp"], peers))
+    assert [whose for whose, _ in rows] == ["bigtrain", "somebody"] and here == ["sm_90"]
+    text = kernels_static.table(rows)
+    assert static.LABEL in text and "| somebody | copied | copy | 4 |" in text
 
 
 def test_the_representative_launches_hold_their_budgets():

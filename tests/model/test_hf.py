@@ -6,7 +6,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from bigtrain.config import Model
 from bigtrain.errors import UserError
-from bigtrain.model.hf import config_from_hf, config_to_hf, family_of, state_from_hf, state_to_hf
+from bigtrain.model.hf import config_from_hf, config_to_hf, family_of, register_attention, state_from_hf, state_to_hf
 from bigtrain.model.transformer import Transformer
 
 B, T, V = 2, 12, 61
@@ -166,3 +166,17 @@ def test_weights_that_do_not_fit_are_named():
         assert part in str(error.value)
     with pytest.raises(UserError, match="language-model head"):
         state_from_hf({}, config)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_attention_is_registered_with_transformers(padding):
+    """On a CPU it is torch's; tests/interpreted/test_transformers.py has the kernels, and more models."""
+    register_attention()
+    model = llama()
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :padding] = 0
+    logits = []
+    for implementation in ("eager", "bigtrain"):
+        model.set_attn_implementation(implementation)
+        logits.append(model(input_ids=torch.arange(24).view(2, 12), attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
