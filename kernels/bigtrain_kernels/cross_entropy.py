@@ -7,9 +7,9 @@ smoothed targets q_iv = (1 - smoothing) [v = t_i] + smoothing / V, the loss is
 
 (times 1 - (l / cap)^2 under a soft-cap). Two passes over the vocabulary, after Wijmans et al. 2024 (Cut Your Losses):
 
-1. `_statistics` multiplies tiles of hidden and weight, keeps an online softmax in registers and writes one lse a row and stripe.
-2. For each chunk of the vocabulary: `_logit_gradients` multiplies again and writes the chunk's dloss / dl, [N, C]; one library
-   product gives those rows of the weight's gradient; `_add_hidden_gradients` adds the chunk's part of the hidden states' gradient.
+1. `kernels.statistics` multiplies tiles of hidden and weight, keeps an online softmax in registers and writes one lse a row and stripe.
+2. For each chunk of the vocabulary: `kernels.logit_gradients` multiplies again and writes the chunk's dloss / dl, [N, C]; one library
+   product gives those rows of the weight's gradient; `kernels.add_hidden_gradients` adds the chunk's part of the hidden states' gradient.
 
 What it costs, in matrix products of 2 N V E FLOPs: 1 without gradients, 4 with both, against 3 for a pass that keeps all logits
 or goes over chunks of tokens. A chunk of tokens needs no second look at the logits, but adds to every row of the weight's
@@ -21,8 +21,9 @@ gradient that is returned and what its rounding left (`rest`), 16 bits of mantis
 
 Workspace, bytes: N (E + C) size, with C = V / 16 - E (at least SMALLEST_CHUNK) so that the sum is a sixteenth of the logits;
 N C size for float32, which needs no rest. At 8,192 tokens, V 128,256, E 4,096, bf16: 67 MB of rest and 63 MB of chunk, where the
-logits would be 2,101 MB. Memory moved by the second pass, in V / C steps: hidden and gradient of the hidden states, twice each, the
-chunk written once and read twice, the weight twice; 0.6 GB a step and 21 GB in all there, against 34 TFLOP: 1,600 FLOPs a byte.
+logits would be 2,101 MB. The second pass moves 0.7 GB in each of its 34 steps there (the chunk once out and twice in, hidden twice,
+the weight twice, both halves of the gradient in and out), 23 GB in all, against 26 TFLOP: 1,100 FLOPs a byte, where an H100 needs 295
+to be bound by arithmetic. The first pass writes 8 bytes a row and stripe.
 
 N flattened tokens, V vocabulary, E width, C columns of a chunk of the vocabulary, S stripes of the vocabulary.
 """
@@ -33,9 +34,9 @@ from collections.abc import Iterator
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from . import cross_entropy_kernels as kernels
 from .launch import INTERPRETED, Case, Launch, architecture
 from .reference import IGNORE
 
@@ -67,188 +68,6 @@ STATISTICS: dict[tuple[str, int], Launch] = {
 }
 
 
-@triton.jit
-def _tile(blocks_m, blocks_n, GROUP: tl.constexpr):
-    """Row and column of this program's tile; tiles go down GROUP rows, then to the next column."""
-    first = tl.program_id(0) // (GROUP * blocks_n) * GROUP
-    rows = tl.minimum(blocks_m - first, GROUP)
-    inside = tl.program_id(0) % (GROUP * blocks_n)
-    return first + inside % rows, inside // rows
-
-
-@triton.jit
-def _product(
-    HIDDEN, WEIGHT, m, n, N, V, E, stride_h, stride_w,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """hidden weight^T, the tile at row m and column n. Rows and columns that do not exist repeat the last: no mask in the loop."""
-    rows = tl.minimum(tl.arange(0, BLOCK_M), N - 1 - m)
-    columns = tl.minimum(tl.arange(0, BLOCK_N), V - 1 - n)
-    inner = tl.arange(0, BLOCK_K)
-    h = HIDDEN + tl.cast(m, tl.int64) * stride_h + rows[:, None] * stride_h + inner[None, :]
-    w = WEIGHT + tl.cast(n, tl.int64) * stride_w + columns[None, :] * stride_w + inner[:, None]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for e in range(0, E, BLOCK_K):
-        if EVEN:
-            total = tl.dot(tl.load(h), tl.load(w), total, input_precision=PRECISION)
-        else:
-            h_tile = tl.load(h, mask=inner[None, :] < E - e, other=0.0)
-            total = tl.dot(h_tile, tl.load(w, mask=inner[:, None] < E - e, other=0.0), total, input_precision=PRECISION)
-        h += BLOCK_K
-        w += BLOCK_K
-    return total
-
-
-@triton.jit
-def _halves(x):
-    """The left and right columns of a tile. What follows a product takes one after the other: both are more than the registers hold."""
-    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-
-
-@triton.jit
-def _logits(product, columns, BIAS, V, cap, BIASED: tl.constexpr, CAP: tl.constexpr):
-    if BIASED:
-        product += tl.load(BIAS + tl.minimum(columns, V - 1)).to(tl.float32)[None, :]
-    if CAP:
-        product = cap * (2.0 * tl.sigmoid(product * (2.0 / cap)) - 1.0)
-    return product
-
-
-@triton.jit
-def _observe(
-    peak, weight, total, product, rows, n, TARGET, BIAS, PICKED, N, V, cap,
-    BIASED: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """Online softmax: the highest logit, the sum of exp(logit - highest) and that of logits, with the columns from n on."""
-    columns = n + tl.arange(0, product.shape[1])
-    logits = _logits(product, columns, BIAS, V, cap, BIASED, CAP)
-    # The one tile that holds a row's target writes it: nothing to carry along, and registers are scarce in the product.
-    target = tl.load(TARGET + rows, mask=rows < N, other=-1)
-    picked = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
-    tl.store(PICKED + rows, picked, mask=(target >= n) & (target < tl.minimum(n + product.shape[1], V)))
-    if SMOOTH:
-        total += tl.sum(tl.where(columns[None, :] < V, logits, 0.0), 1)
-    logits = tl.where(columns[None, :] < V, logits, float("-inf"))
-    new = tl.maximum(peak, tl.max(logits, 1))
-    base = tl.where(new == float("-inf"), 0.0, new)  # no column so far, or only such as have a bias of -inf
-    weight = weight * tl.exp(peak - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
-    return new, weight, total
-
-
-@triton.jit
-def _statistics(
-    HIDDEN, WEIGHT, BIAS, TARGET, LSE, TOTAL, PICKED, N, V, E, stripes, stride_h, stride_w, cap,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
-    BIASED: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of each row: the target's logit, and over the columns of a stripe the log of the sum of exponentials and the sum of logits."""
-    block, stripe = _tile(tl.cdiv(N, BLOCK_M), stripes, GROUP)
-    m = block * BLOCK_M
-    rows = m + tl.arange(0, BLOCK_M)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    start = stripe * TILES * BLOCK_N
-    for n in range(start, tl.minimum(start + TILES * BLOCK_N, V), BLOCK_N):
-        left, right = _halves(_product(HIDDEN, WEIGHT, m, n, N, V, E, stride_h, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION))
-        peak, weight, total = _observe(
-            peak, weight, total, left, rows, n, TARGET, BIAS, PICKED, N, V, cap, BIASED, CAP, SMOOTH
-        )  # fmt: skip
-        peak, weight, total = _observe(
-            peak, weight, total, right, rows, n + BLOCK_N // 2, TARGET, BIAS, PICKED, N, V, cap, BIASED, CAP, SMOOTH
-        )  # fmt: skip
-    tl.store(LSE + stripe * N + rows, peak + tl.log(weight), mask=rows < N)
-    if SMOOTH:
-        tl.store(TOTAL + stripe * N + rows, total, mask=rows < N)
-
-
-@triton.jit
-def _store_gradients(
-    product, target, lse, GRAD, BIAS, n, height, width, V, stride_g, cap, on_target, on_all, z_loss,
-    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr,
-):  # fmt: skip
-    """dloss / dlogits of the columns from n of the vocabulary on, at GRAD, where there is room for `height` rows and `width` columns."""
-    rows, columns = tl.arange(0, product.shape[0]), tl.arange(0, product.shape[1])
-    logits = _logits(product, n + columns, BIAS, V, cap, BIASED, CAP)
-    grad = tl.exp(logits - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None] - on_all
-    grad -= tl.where((n + columns)[None, :] == target[:, None], on_target, 0.0)
-    if CAP:
-        share = logits * (1.0 / cap)
-        grad *= 1.0 - share * share
-    grad = tl.where(target[:, None] == IGNORED, 0.0, grad)
-    mask = (rows < height)[:, None] & (columns < width)[None, :]
-    tl.store(GRAD + rows[:, None] * stride_g + columns[None, :], grad.to(GRAD.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _logit_gradients(
-    HIDDEN, WEIGHT, BIAS, TARGET, LSE, GRAD, start, columns, N, V, E, stride_h, stride_w, stride_g, cap, on_target, on_all, z_loss,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of dloss / dlogits, for the columns from `start` of the vocabulary on."""
-    block_m, block_n = _tile(tl.cdiv(N, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
-    m, n = block_m * BLOCK_M, block_n * BLOCK_N
-    product = _product(HIDDEN, WEIGHT, m, start + n, N, V, E, stride_h, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
-    left, right = _halves(product)
-    rows = m + tl.arange(0, BLOCK_M)
-    target = tl.load(TARGET + rows, mask=rows < N, other=IGNORED)
-    lse = tl.load(LSE + rows, mask=rows < N, other=0.0)
-    GRAD += tl.cast(m, tl.int64) * stride_g + n
-    _store_gradients(
-        left, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss, BIASED, CAP, IGNORED
-    )
-    GRAD += BLOCK_N // 2
-    n += BLOCK_N // 2
-    _store_gradients(
-        right, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss, BIASED, CAP, IGNORED
-    )
-
-
-@triton.jit
-def _add(GRAD, REST, part, m, n, N, E, FIRST: tl.constexpr, HALVES: tl.constexpr):
-    """grad + rest += part, at row m and column n of [N, E]; the sum is split between them again."""
-    rows, columns = m + tl.arange(0, part.shape[0]), n + tl.arange(0, part.shape[1])
-    at = tl.cast(m, tl.int64) * E + n + (rows - m)[:, None] * E + (columns - n)[None, :]
-    valid = (rows < N)[:, None] & (columns < E)[None, :]
-    if not FIRST:
-        part += tl.load(GRAD + at, mask=valid, other=0.0).to(tl.float32)
-        if HALVES:
-            part += tl.load(REST + at, mask=valid, other=0.0).to(tl.float32)
-    grad = part.to(GRAD.dtype.element_ty)
-    tl.store(GRAD + at, grad, mask=valid)
-    if HALVES:
-        tl.store(REST + at, (part - grad.to(tl.float32)).to(REST.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def _add_hidden_gradients(
-    GRAD_LOGITS, WEIGHT, GRAD, REST, N, E, columns, stride_l, stride_w,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    FIRST: tl.constexpr, HALVES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """grad + rest += grad_logits weight, a tile [tokens, width]; WEIGHT points at the chunk's first row. FIRST: they are 0 so far."""
-    block_m, block_n = _tile(tl.cdiv(N, BLOCK_M), tl.cdiv(E, BLOCK_N), GROUP)
-    m, n = block_m * BLOCK_M, block_n * BLOCK_N
-    rows, inside, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    g = GRAD_LOGITS + tl.cast(m, tl.int64) * stride_l + tl.minimum(rows, N - 1 - m)[:, None] * stride_l + inner[None, :]
-    w = WEIGHT + n + inner[:, None] * stride_w + inside[None, :]
-    in_width = (n + inside < E)[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for c in range(0, columns, BLOCK_K):
-        if EVEN:
-            total = tl.dot(tl.load(g), tl.load(w), total, input_precision=PRECISION)
-        else:
-            g_tile = tl.load(g, mask=inner[None, :] < columns - c, other=0.0)
-            w_tile = tl.load(w, mask=(inner[:, None] < columns - c) & in_width, other=0.0)
-            total = tl.dot(g_tile, w_tile, total, input_precision=PRECISION)
-        g += BLOCK_K
-        w += BLOCK_K * stride_w
-    left, right = _halves(total)
-    _add(GRAD, REST, left, m, n, N, E, FIRST, HALVES)
-    _add(GRAD, REST, right, m, n + BLOCK_N // 2, N, E, FIRST, HALVES)
-
-
 def chunk_columns(V: int, E: int, size: int) -> int:
     """Columns of a chunk of the vocabulary, so that chunk and rest together take a sixteenth of the logits where they can."""
     rest = 0 if size == 4 else E
@@ -266,7 +85,7 @@ def statistics(
     lse_SN = hidden_NE.new_empty(S, N, dtype=torch.float32)
     total_SN = torch.empty_like(lse_SN) if smoothing else lse_SN
     picked_N = torch.zeros_like(lse_SN[0])
-    _statistics[triton.cdiv(N, launch.blocks["BLOCK_M"]) * S,](
+    kernels.statistics[triton.cdiv(N, launch.blocks["BLOCK_M"]) * S,](
         hidden_NE, weight_VE, lse_SN if bias_V is None else bias_V, target_N, lse_SN, total_SN, picked_N, N, V, E, S,
         hidden_NE.stride(0), weight_VE.stride(0), cap,
         **_flags(bias_V, cap, E % launch.blocks["BLOCK_K"] == 0), SMOOTH=smoothing > 0, **launch.arguments(),
@@ -283,7 +102,7 @@ def logit_gradients_(
     """Writes dloss / dlogits of the columns start to start + C of the vocabulary into `out_NC`."""
     (N, E), V, C = hidden_NE.shape, len(weight_VE), out_NC.shape[1]
     launch = PRODUCT[architecture(), hidden_NE.element_size()]
-    _logit_gradients[triton.cdiv(N, launch.blocks["BLOCK_M"]) * triton.cdiv(C, launch.blocks["BLOCK_N"]),](
+    kernels.logit_gradients[triton.cdiv(N, launch.blocks["BLOCK_M"]) * triton.cdiv(C, launch.blocks["BLOCK_N"]),](
         hidden_NE, weight_VE, lse_N if bias_V is None else bias_V, target_N, lse_N, out_NC, start, C, N, V, E,
         hidden_NE.stride(0), weight_VE.stride(0), out_NC.stride(0), cap, 1 - smoothing, smoothing / V, z_loss,
         **_flags(bias_V, cap, E % launch.blocks["BLOCK_K"] == 0), IGNORED=IGNORE, **launch.arguments(),
@@ -295,7 +114,7 @@ def add_hidden_gradients_(grad_NE: Tensor, rest_NE: Tensor | None, grad_NC: Tens
     (N, E), C = grad_NE.shape, len(weight_CE)
     launch = PRODUCT[architecture(), grad_NE.element_size()]
     even = C % launch.blocks["BLOCK_K"] == 0 and E % launch.blocks["BLOCK_N"] == 0
-    _add_hidden_gradients[triton.cdiv(N, launch.blocks["BLOCK_M"]) * triton.cdiv(E, launch.blocks["BLOCK_N"]),](
+    kernels.add_hidden_gradients[triton.cdiv(N, launch.blocks["BLOCK_M"]) * triton.cdiv(E, launch.blocks["BLOCK_N"]),](
         grad_NC, weight_CE, grad_NE, grad_NE if rest_NE is None else rest_NE, N, E, C, grad_NC.stride(0), weight_CE.stride(0),
         FIRST=first, HALVES=rest_NE is not None, EVEN=even, PRECISION="ieee", **launch.arguments(),
     )  # fmt: skip

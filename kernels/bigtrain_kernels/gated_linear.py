@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .launch import ARCHITECTURES, INTERPRETED, Case, Launch, architecture
 from .mlp import GLU, act
+from .tile import grouped
 
 
 def _entry(n: int, f: int, e: int, warps: int, stages: int, parts: int) -> Launch:
@@ -50,13 +51,9 @@ BACKWARD: dict[tuple[str, int], Launch] = {**FORWARD, ("sm_80", 2): _entry(256, 
 
 @triton.jit
 def _tile(N, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of this program's tile. Programs go down GROUP tiles before they go right: those that run at the same
-    time share rows of x and of the weights, which the cache then holds."""
-    blocks_n, blocks_f = tl.cdiv(N, BLOCK_N), tl.cdiv(F, BLOCK_F)
-    first = tl.program_id(0) // (GROUP * blocks_f) * GROUP
-    height = tl.minimum(blocks_n - first, GROUP)
-    within = tl.program_id(0) % (GROUP * blocks_f)
-    return (first + within % height) * BLOCK_N, within // height * BLOCK_F
+    """First row and column of this program's tile."""
+    block_n, block_f = grouped(tl.cdiv(N, BLOCK_N), tl.cdiv(F, BLOCK_F), GROUP)
+    return block_n * BLOCK_N, block_f * BLOCK_F
 
 
 @triton.jit

@@ -249,8 +249,8 @@ def test_compiles_into_one_graph():
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    st.integers(1, 70), st.integers(1, 70), st.sampled_from([(1, 1), (2, 1), (3, 3)]), st.sampled_from([BF16, F16, F32]),
+@given(  # below five positions gradients in 16 bits are what cancellation leaves; test_lengths has those in float32
+    st.integers(5, 70), st.integers(5, 70), st.sampled_from([(1, 1), (2, 1), (3, 3)]), st.sampled_from([BF16, F16, F32]),
     st.booleans(), st.none() | st.integers(1, 40), st.integers(0, 4), st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_mask(T, S, heads, dtype, causal, window, count, seed):
