@@ -49,7 +49,7 @@ def launcher(kernel: str, D: int, tokens: int, length: int) -> tuple[Callable[[]
 def attempt(kernel: str, D: int, candidate: Launch, tokens: int, length: int) -> str | None:
     """Compile and launch one candidate. Returns what is wrong with it, or None."""
     launch, _ = launcher(kernel, D, tokens, length)
-    TABLES[kernel][architecture(), D, 2] = candidate
+    TABLES[kernel][architecture(), D, 2, False] = candidate
     try:
         launch()
         torch.cuda.synchronize()
@@ -80,7 +80,7 @@ def main() -> None:
         row = {"kernel": kernel, "dim": D, **candidate.arguments(), "fault": fault}
         if fault is None:
             launch, flops = launcher(kernel, D, tokens, length)
-            TABLES[kernel][architecture(), D, 2] = candidate
+            TABLES[kernel][architecture(), D, 2, False] = candidate
             row["ms"] = triton.testing.do_bench(launch, warmup=10, rep=50, return_mode="median")
             row["tflops"] = flops / row["ms"] / 1e9
         rows.append(row)
@@ -94,8 +94,8 @@ def main() -> None:
         group = list(group)
         ran = sorted((row for row in group if "ms" in row), key=lambda row: row["ms"])
         for row in ran[:5]:
-            entry = f"{architecture()}  {D}  2  {row['BLOCK_M']} {row['BLOCK_N']} {row['num_warps']} {row['num_stages']}"
-            print(f"{kernel:12s} {entry:32s} {row['ms']:.3f} ms  {row['tflops']:.0f} TFLOP/s")
+            entry = f"{architecture()}  {D}  2  plain  {row['BLOCK_M']} {row['BLOCK_N']} {row['num_warps']} {row['num_stages']}"
+            print(f"{kernel:12s} {entry:40s} {row['ms']:.3f} ms  {row['tflops']:.0f} TFLOP/s")
         print(f"{kernel:12s} {len(group) - len(ran)} of {len(group)} candidates cannot run")
 
 

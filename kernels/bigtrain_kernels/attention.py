@@ -50,82 +50,92 @@ def ranges(first_key_BT: Tensor, end_key_BT: Tensor, S: int) -> Ranges:
     return Ranges(first_key_BT, end_key_BT, first_query_BS, end_query_BS)
 
 
-def _entries(sizes: str) -> Iterator[tuple[tuple[str, int, int], Launch]]:
-    """Rows of `architecture, head dims, bytes of an element, BLOCK_M, BLOCK_N, warps, stages`."""
+Key = tuple[str, int, int, bool]
+"""Architecture, width of the block, bytes of an element, whether there are ranges."""
+
+
+def _entries(sizes: str) -> Iterator[tuple[Key, Launch]]:
+    """Rows of `architectures, head dims, bytes of an element, mask, BLOCK_M, BLOCK_N, warps, stages`; the mask is ranges, plain, or any."""
     for row in sizes.strip().splitlines():
-        archs, dims, size, M, N, warps, stages = row.split()
+        archs, dims, size, mask, M, N, warps, stages = row.split()
         for arch in archs.split(","):
             for dim in dims.split(","):
-                yield (arch, int(dim), int(size)), Launch({"BLOCK_M": int(M), "BLOCK_N": int(N)}, int(warps), int(stages))
+                for ranges in {"plain": [False], "ranges": [True], "any": [False, True]}[mask]:
+                    yield (arch, int(dim), int(size), ranges), Launch({"BLOCK_M": int(M), "BLOCK_N": int(N)}, int(warps), int(stages))
 
 
 # Every entry compiles without a spilled register within the architecture's shared memory: python -m bigtrain_kernels.static.
 FORWARD = dict(
     _entries("""
-        sm_80         32           2  128  64  4  3
-        sm_80         64,128       2  128  64  8  3
-        sm_80         256          2   64  64  8  2
-        sm_90,sm_100  32,64        2  128 128  8  3
-        sm_90,sm_100  128          2  128 128  8  2
-        sm_90,sm_100  256          2  128  32  8  2
-        gfx942        32,64,128    2  128  64  4  1
-        gfx942        256          2   64  32  4  1
-        sm_80         32,64        4   32  32  4  1
-        sm_80         128          4   32  32  8  1
-        sm_80         256          4   16  16  8  1
-        sm_90,sm_100  32,64        4   32  32  4  1
-        sm_90,sm_100  128,256      4   16  16  8  1
-        gfx942        32,64        4   32  32  4  1
-        gfx942        128,256      4   16  16  4  1
-        interpreter   32,64,128,256  2  32 32  4  1
-        interpreter   32,64,128,256  4  32 32  4  1
+        sm_80         32           2  any  128  64  4  3
+        sm_80         64           2  any  128  64  8  3
+        sm_80         128          2  plain  128  64  8  2
+        sm_80         128          2  ranges  128  64  8  3
+        sm_80         256          2  any   64  64  8  2
+        sm_90         32,64        2  any  128 128  8  3
+        sm_90         128          2  any  128 128  8  2
+        sm_100        32           2  any  128 128  8  3
+        sm_100        64,128       2  any  128  64  8  3
+        sm_90,sm_100  256          2  any  128  32  8  2
+        gfx942        32,64,128    2  any  128  64  4  1
+        gfx942        256          2  any   64  32  4  1
+        sm_80         32,64        4  any   32  32  4  1
+        sm_80         128          4  any   32  32  8  1
+        sm_80         256          4  any   16  16  8  1
+        sm_90,sm_100  32,64        4  any   32  32  4  1
+        sm_90,sm_100  128,256      4  any   16  16  8  1
+        gfx942        32,64        4  any   32  32  4  1
+        gfx942        128,256      4  any   16  16  4  1
+        interpreter   32,64,128,256  2  any  32 32  4  1
+        interpreter   32,64,128,256  4  any  32 32  4  1
     """)
 )
 BACKWARD_KV = dict(
     _entries("""
-        sm_80         32           2   64  64  4  2
-        sm_80         64           2   32  64  4  2
-        sm_80         128          2   32  64  8  2
-        sm_80         256          2   32  32  8  1
-        sm_90         32,64        2   64 128  8  2
-        sm_90         128          2   32 128  8  2
-        sm_90         256          2   32  32  8  2
-        sm_100        32,64,128    2   64 128  8  2
-        sm_100        256          2   32  64  8  1
-        gfx942        32,64        2   64  64  4  1
-        gfx942        128          2   32  64  4  1
-        gfx942        256          2   32  32  4  1
-        sm_80         32,64,128    4   32  32  8  1
-        sm_80         256          4   16  16  8  1
-        sm_90,sm_100  32,64        4   32  32  8  1
-        sm_90,sm_100  128,256      4   16  16  8  1
-        gfx942        32,64        4   32  32  4  1
-        gfx942        128,256      4   16  16  4  1
-        interpreter   32,64,128,256  2  32 32  4  1
-        interpreter   32,64,128,256  4  32 32  4  1
+        sm_80         32           2  any   64  64  4  2
+        sm_80         64           2  any   32  64  4  2
+        sm_80         128          2  any   32  64  8  2
+        sm_80         256          2  any   32  32  8  1
+        sm_90         32,64        2  any   64 128  8  2
+        sm_90         128          2  any   32 128  8  2
+        sm_90         256          2  any   32  32  8  2
+        sm_100        32,64,128    2  any   64 128  8  2
+        sm_100        256          2  any   32  64  8  1
+        gfx942        32,64        2  any   64  64  4  1
+        gfx942        128          2  any   32  64  4  1
+        gfx942        256          2  any   32  32  4  1
+        sm_80         32,64,128    4  any   32  32  8  1
+        sm_80         256          4  any   16  16  8  1
+        sm_90,sm_100  32,64        4  any   32  32  8  1
+        sm_90,sm_100  128,256      4  any   16  16  8  1
+        gfx942        32,64        4  any   32  32  4  1
+        gfx942        128,256      4  any   16  16  4  1
+        interpreter   32,64,128,256  2  any  32 32  4  1
+        interpreter   32,64,128,256  4  any  32 32  4  1
     """)
 )
 BACKWARD_Q = dict(
     _entries("""
-        sm_80         32           2   64  64  4  2
-        sm_80         64           2  128  64  8  2
-        sm_80         128          2   64  32  8  2
-        sm_80         256          2   32  32  8  1
-        sm_90,sm_100  32,64,128    2  128  64  8  2
-        sm_90         256          2   32  64  8  1
-        sm_100        256          2   64  32  8  1
-        gfx942        32,64        2   64  64  4  1
-        gfx942        128          2   64  32  4  1
-        gfx942        256          2   32  32  4  1
-        sm_80         32,64        4   32  32  4  1
-        sm_80         128          4   32  32  8  1
-        sm_80         256          4   16  16  8  1
-        sm_90,sm_100  32,64        4   32  32  4  1
-        sm_90,sm_100  128,256      4   16  16  8  1
-        gfx942        32,64        4   32  32  4  1
-        gfx942        128,256      4   16  16  4  1
-        interpreter   32,64,128,256  2  32 32  4  1
-        interpreter   32,64,128,256  4  32 32  4  1
+        sm_80         32           2  any   64  64  4  2
+        sm_80         64           2  any  128  64  8  2
+        sm_80         128          2  any   64  32  8  2
+        sm_80         256          2  any   32  32  8  1
+        sm_90,sm_100  32,64,128    2  any  128  64  8  2
+        sm_90         256          2  any   32  64  8  1
+        sm_100        256          2  any   64  32  8  1
+        gfx942        32,64        2  any   64  64  4  1
+        gfx942        128          2  any   64  32  4  1
+        gfx942        256          2  any   32  32  4  1
+        sm_80         32           4  any   32  16  4  1
+        sm_80         64           4  any   32  32  4  1
+        sm_80         128          4  any   32  32  8  1
+        sm_80         256          4  any   16  16  8  1
+        sm_90,sm_100  32,64        4  any   32  32  4  1
+        sm_90,sm_100  128,256      4  any   16  16  8  1
+        gfx942        32,64        4  any   32  32  4  1
+        gfx942        128,256      4  any   16  16  4  1
+        interpreter   32,64,128,256  2  any  32 32  4  1
+        interpreter   32,64,128,256  4  any  32 32  4  1
     """)
 )
 
@@ -148,7 +158,7 @@ def forward(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Mask, sink_H: 
     q, k, v = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
-    launch = FORWARD[_key(q)]
+    launch = FORWARD[_key(q, mask)]
     if out.numel():
         kernels.forward[triton.cdiv(T, launch.blocks["BLOCK_M"]), B * H](
             q, k, v, out, lse, *_query_ranges(mask, lse), lse if sink_H is None else sink_H,
@@ -176,7 +186,7 @@ def backward_q(grad_BTHD: Tensor, delta_BHT: Tensor, q_BTHD: Tensor, k_BSGD: Ten
     (B, T, H, _), S = q_BTHD.shape, k_BSGD.shape[1]
     q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    launch = BACKWARD_Q[_key(q)]
+    launch = BACKWARD_Q[_key(q, mask)]
     if dq.numel():
         kernels.backward_q[triton.cdiv(T, launch.blocks["BLOCK_M"]), B * H](
             q, k, v, grad, lse_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dq), _range_stride(mask),
@@ -192,7 +202,7 @@ def backward_kv(
     (B, T, H, _), (S, G) = q_BTHD.shape, k_BSGD.shape[1:3]
     q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    launch = BACKWARD_KV[_key(q)]
+    launch = BACKWARD_KV[_key(q, mask)]
     if dk.numel():
         kernels.backward_kv[triton.cdiv(S, launch.blocks["BLOCK_N"]), B * G](
             q, k, v, grad, lse_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dk, dv),
@@ -211,8 +221,8 @@ def _block_dim(D: int) -> int:
     return next(width for width in HEAD_DIMS if width >= D)
 
 
-def _key(q: Tensor) -> tuple[str, int, int]:
-    return architecture(), _block_dim(q.shape[-1]), q.element_size()
+def _key(q: Tensor, mask: Mask) -> Key:
+    return architecture(), _block_dim(q.shape[-1]), q.element_size(), mask.seen is not None
 
 
 def _strides(*xs: Tensor) -> list[int]:
@@ -308,10 +318,9 @@ attention.register_autograd(_gradients, setup_context=_save)
 
 def cases(architecture: str) -> Iterator[Case]:
     """Every entry of the tables for one architecture, causal and with ranges: 4 sequences of 4,096 tokens, 16 heads on 4."""
-    for arch, width, size in FORWARD:
+    for arch, width, size, masked in FORWARD:
         if arch == architecture:
-            for masked in (False, True):
-                yield from _cases(width, size, masked)
+            yield from _cases(width, size, masked)
 
 
 def _cases(D: int, size: int, masked: bool) -> Iterator[Case]:

@@ -64,7 +64,11 @@ PRODUCT: dict[tuple[str, int], Launch] = {
 """Of both gradients."""
 STATISTICS: dict[tuple[str, int], Launch] = {
     key: launch._replace(blocks=launch.blocks | {"GROUP": 16, "TILES": 2 if key[0] == INTERPRETED else 32})
-    for key, launch in {**PRODUCT, ("sm_80", 2): _launch(128, 128, 64, 8, 4)}.items()  # 128 x 256 spills there
+    for key, launch in {
+        **PRODUCT,
+        ("sm_80", 2): _launch(128, 128, 64, 8, 4),  # 128 x 256 spills there
+        ("sm_80", 4): _launch(128, 32, 32, 4, 3),  # wider tiles lose their asynchronous loads
+    }.items()
 }
 
 

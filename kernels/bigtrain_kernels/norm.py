@@ -47,7 +47,7 @@ def _table() -> None:
             elif width <= 8192:
                 backward = Launch({"BLOCK_E": width, "ROWS": rows, "PROGRAMS": 512 // threads * count}, threads // lanes, 2)
             else:  # the sums over rows would fill the registers: blocks of a row
-                backward = Launch({"BLOCK_E": 2048, "ROWS": 2, "PROGRAMS": 2 * count}, 256 // lanes)
+                backward = Launch({"BLOCK_E": 2048, "ROWS": 4 // size, "PROGRAMS": 2 * count}, 256 // lanes)
             BACKWARD[arch, width, size] = backward
         rows = 4 if width <= 128 else 1
         FORWARD[INTERPRETED, width, size] = Launch({"BLOCK_E": width, "ROWS": rows}, 4)
