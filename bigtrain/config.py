@@ -66,8 +66,8 @@ class Model(Section):
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary frequencies."""
-    mlp: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu2"] = "swiglu"
-    """swiglu and geglu are gated (two input projections); the others have one."""
+    mlp: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu2"] = "swiglu"
+    """swiglu, geglu and geglu_tanh are gated (two input projections); the others have one."""
     attention_bias: bool = False
     """Bias on the query, key, value and output projections."""
     mlp_bias: bool = False

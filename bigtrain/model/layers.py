@@ -19,7 +19,7 @@ from bigtrain_kernels import ops
 
 from .cache import KVCache
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_tanh")
 
 
 class Linear(nn.Linear):

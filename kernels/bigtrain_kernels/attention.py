@@ -218,6 +218,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _block_dim(D: int) -> int:
+    if HEAD_DIMS[-1] < D:
+        raise ValueError(f"the attention kernels take head dimensions up to {HEAD_DIMS[-1]}, found {D}; use kernels.attention=torch")
     return next(width for width in HEAD_DIMS if width >= D)
 
 

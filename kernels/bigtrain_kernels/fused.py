@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from .reference import IGNORE, wide, wide_dtype
 
+GELU = {"geglu": "none", "geglu_tanh": "tanh"}
+"""torch's name for the form of GELU in each."""
+
 
 def _own(x: Tensor) -> Tensor:
     """A wide copy, to be worked on in place."""
@@ -53,33 +56,38 @@ class RmsNorm(torch.autograd.Function):
         return grad_x_NE, grad_x_NE if ctx.has_residual else None, grad_weight_E, None
 
 
-def _rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+def _rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Tensor:
+    R = cos_BTR.shape[-1]
     out_BTHD = torch.empty_like(x_BTHD, memory_format=torch.contiguous_format)
     cos_BT1R, sin_BT1R = (angle.unsqueeze(2).expand(len(x_BTHD), -1, -1, -1) for angle in (cos_BTR, sin_BTR))
     # On a CPU a sequence at a time: its float32 scratch fits in a core's cache.
     step = max(1, len(x_BTHD)) if x_BTHD.is_cuda else 1
     for start in range(0, len(x_BTHD), step):
         rows = slice(start, start + step)
-        (a, b), (out_a, out_b) = wide(x_BTHD[rows]).chunk(2, -1), out_BTHD[rows].chunk(2, -1)
+        x, out = wide(x_BTHD[rows, ..., : 2 * R]), out_BTHD[rows, ..., : 2 * R]
+        (a, b), (out_a, out_b) = (t.unflatten(-1, (R, 2)).unbind(-1) if interleaved else t.chunk(2, -1) for t in (x, out))
         cos, sin = cos_BT1R[rows], sin_BT1R[rows]
         out_a.copy_((a * cos).addcmul_(b, sin, value=-1))
         out_b.copy_((b * cos).addcmul_(a, sin))
+    if x_BTHD.shape[-1] > 2 * R:
+        out_BTHD[..., 2 * R :] = x_BTHD[..., 2 * R :]
     return out_BTHD
 
 
 class Rope(torch.autograd.Function):
-    """(x, cos, sin) -> x rotated. Keeps only the angles: the gradient is rotated back."""
+    """(x, cos, sin, interleaved) -> x rotated. Keeps only the angles: the gradient is rotated back."""
 
     @staticmethod
-    def forward(ctx, x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    def forward(ctx, x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos_BTR, sin_BTR)
-        return _rotate(x_BTHD, cos_BTR, sin_BTR)
+        ctx.interleaved = interleaved
+        return _rotate(x_BTHD, cos_BTR, sin_BTR, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BTHD: Tensor):
         cos_BTR, sin_BTR = ctx.saved_tensors
-        return _rotate(grad_BTHD, cos_BTR, -sin_BTR), None, None
+        return _rotate(grad_BTHD, cos_BTR, -sin_BTR, ctx.interleaved), None, None, None
 
 
 class Glu(torch.autograd.Function):
@@ -91,7 +99,7 @@ class Glu(torch.autograd.Function):
         ctx.kind = kind
         out_NF = torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
         for gate, up, out in _rows(gate_NF, up_NF, out_NF):
-            torch.mul(F.silu(gate) if kind == "swiglu" else F.gelu(gate), up, out=out)
+            torch.mul(F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate=GELU[kind]), up, out=out)
         return out_NF
 
     @staticmethod
@@ -105,8 +113,9 @@ class Glu(torch.autograd.Function):
                 torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
                 torch.mul(grad, F.silu(gate), out=grad_up)
             else:
-                torch.ops.aten.gelu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-                torch.mul(grad, F.gelu(gate), out=grad_up)
+                form = GELU[ctx.kind]
+                torch.ops.aten.gelu_backward.grad_input(grad_gate, gate, approximate=form, grad_input=grad_gate)
+                torch.mul(grad, F.gelu(gate, approximate=form), out=grad_up)
         return grad_gate_NF, grad_up_NF, None
 
 

@@ -226,19 +226,22 @@ def layer_norm(x: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, *, resid
     return normed if residual is None else (normed, total)
 
 
-def rope(q_BTHD: Tensor, k_BTGD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, *, backend: str = "torch") -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by the angles of `rope_angles` ([1 or B, T, D / 2], float32), in the half layout of Llama."""
+def rope(
+    q_BTHD: Tensor, k_BTGD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, *, interleaved: bool = False, backend: str = "torch"
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by the angles of `rope_angles` ([1 or B, T, R], float32), in the half layout of Llama or, with
+    `interleaved`, that of GPT-J. Where 2R is less than D the rest of a head passes through."""
     if backend == "triton":
         from .rope import rope as kernel
 
-        return kernel(q_BTHD, k_BTGD, cos_BTR, sin_BTR)
-    return fused.Rope.apply(q_BTHD, cos_BTR, sin_BTR), fused.Rope.apply(k_BTGD, cos_BTR, sin_BTR)
+        return kernel(q_BTHD, k_BTGD, cos_BTR, sin_BTR, interleaved)
+    return tuple(fused.Rope.apply(x_BTHD, cos_BTR, sin_BTR, interleaved) for x_BTHD in (q_BTHD, k_BTGD))
 
 
 def glu(gate: Tensor, up: Tensor, kind: str, *, backend: str = "torch") -> Tensor:
-    """act(gate) * up, elementwise: swiglu (SiLU) or geglu (exact GELU)."""
-    if kind not in ("swiglu", "geglu"):
-        raise ValueError(f"glu {kind!r}: expected swiglu or geglu")
+    """act(gate) * up, elementwise: swiglu (SiLU), geglu (exact GELU) or geglu_tanh."""
+    if kind not in ("swiglu", "geglu", "geglu_tanh"):
+        raise ValueError(f"glu {kind!r}: expected swiglu, geglu or geglu_tanh")
     if backend == "triton":
         from .mlp import glu as kernel
 
@@ -248,8 +251,8 @@ def glu(gate: Tensor, up: Tensor, kind: str, *, backend: str = "torch") -> Tenso
 
 def gated_linear(x: Tensor, gate_FE: Tensor, up_FE: Tensor, kind: str, *, backend: str = "torch") -> Tensor:
     """act(x gate^T) * (x up^T), kinds as for `glu`: x [..., E] -> [..., F]. On Triton one kernel, and neither product is kept."""
-    if kind not in ("swiglu", "geglu"):
-        raise ValueError(f"gated_linear {kind!r}: expected swiglu or geglu")
+    if kind not in ("swiglu", "geglu", "geglu_tanh"):
+        raise ValueError(f"gated_linear {kind!r}: expected swiglu, geglu or geglu_tanh")
     if backend == "triton":
         from .gated_linear import gated_linear as kernel
 

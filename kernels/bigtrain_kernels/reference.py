@@ -144,11 +144,16 @@ def rope_angles(position_BT: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angle.cos(), angle.sin()
 
 
-def rope(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]) by their angle (Su et al. 2021, eq. 34, in the half layout of GPT-NeoX and Llama)."""
-    a, b = wide(x_BTHD).chunk(2, -1)
+def rope(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate pairs of x by their angle (Su et al. 2021, eq. 34): x[i] and x[i + R] in the half layout of GPT-NeoX and Llama, x[2i]
+    and x[2i + 1] in the interleaved one of GPT-J. What lies beyond the first 2R passes through."""
+    R = cos_BTR.shape[-1]
+    turned, rest = wide(x_BTHD).split([2 * R, x_BTHD.shape[-1] - 2 * R], -1)
+    a, b = turned.unflatten(-1, (R, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
     cos, sin = cos_BTR[:, :, None], sin_BTR[:, :, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_BTHD.dtype)
+    parts = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+    return torch.cat([turned, rest], -1).to(x_BTHD.dtype)
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
@@ -166,14 +171,14 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 
 def glu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """act(gate) * up with SiLU (swiglu) or exact GELU (geglu): Shazeer 2020, eq. 6."""
+    """act(gate) * up with SiLU (swiglu), exact GELU (geglu) or its tanh form (geglu_tanh): Shazeer 2020, eq. 6."""
     g = wide(gate)
     if kind == "swiglu":
         act = g * torch.sigmoid(g)
-    elif kind == "geglu":
-        act = activation(g, "gelu")
+    elif kind in ("geglu", "geglu_tanh"):
+        act = activation(g, "gelu" if kind == "geglu" else "gelu_tanh")
     else:
-        raise ValueError(f"glu {kind!r}: expected swiglu or geglu")
+        raise ValueError(f"glu {kind!r}: expected swiglu, geglu or geglu_tanh")
     return (act * wide(up)).to(gate.dtype)
 
 

@@ -227,6 +227,11 @@ def test_far_offsets():
         assert (out[:, -16:, -1:].to(F64) - exact).norm() < 0.005 * exact.norm()
 
 
+def test_wide_heads_are_refused():
+    with pytest.raises(ValueError, match="up to 256, found 288; use kernels.attention=torch"):
+        ops.attention(*inputs(1, 4, 4, 1, 1, 288, F32), causal=True, backend="triton")
+
+
 def test_registered():
     q, k, v = inputs(1, 20, 20, 2, 1, 32, F32)
     seen = flash.ranges(*reference.seen_keys(20, 20, True, documents(1, 20, 2), None, "cpu"), 20)

@@ -134,7 +134,21 @@ def test_rope():
     torch.testing.assert_close(torch.complex(out[0], out[3]), turned, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "geglu"])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("R", [3, 2])
+def test_rope_layouts_and_part_of_the_dimension(R, interleaved):
+    cos, sin = ops.rope_angles(torch.arange(5)[None], 2 * R, 100.0)
+    q, k = rand(2, 5, 4, 6), rand(2, 5, 2, 6)
+    kind = dict(interleaved=interleaved)
+    same(lambda q, k: ops.rope(q, k, cos, sin, **kind), lambda q, k: tuple(reference.rope(x, cos, sin, **kind) for x in (q, k)), (q, k))
+    out = ops.rope(q, k, cos, sin, **kind)[0]
+    assert torch.equal(out[..., 2 * R :], q[..., 2 * R :])
+    pair = (0, 1) if interleaved else (0, R)
+    turned = torch.complex(q[0, 1, 0, pair[0]], q[0, 1, 0, pair[1]]) * torch.exp(torch.tensor(1j, dtype=torch.complex128))
+    torch.testing.assert_close(torch.complex(out[0, 1, 0, pair[0]], out[0, 1, 0, pair[1]]), turned, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "geglu_tanh"])
 def test_glu(kind):
     inputs = rand(2, 3, 8), rand(2, 3, 8)
     same(lambda *x: ops.glu(*x, kind), lambda *x: reference.glu(*x, kind), inputs)
