@@ -42,8 +42,8 @@ def launcher(kernel: str, D: int, tokens: int, length: int) -> tuple[Callable[[]
     if kernel == "forward":
         return lambda: attention.forward(q, k, v, mask), flops
     out, lse = attention.forward(q, k, v, mask)
-    delta = attention.row_sums(grad, out, None)
-    return lambda: getattr(attention, kernel)(grad, delta, q, k, v, lse, mask), flops
+    delta, lse2 = attention.row_sums(grad, out, None), lse * attention.LOG2E
+    return lambda: getattr(attention, kernel)(grad, delta, q, k, v, lse2, mask), flops
 
 
 def attempt(kernel: str, D: int, candidate: Launch, tokens: int, length: int) -> str | None:

@@ -96,7 +96,9 @@ BACKWARD_KV = dict(
         sm_80         64           2  any   32  64  4  2
         sm_80         128          2  any   32  64  8  2
         sm_80         256          2  any   32  32  8  1
-        sm_90         32,64        2  any   64 128  8  2
+        sm_90         32           2  any   64 128  8  2
+        sm_90         64           2  plain  64  64  4  2
+        sm_90         64           2  ranges  64 128  8  2
         sm_90         128          2  any   32 128  8  2
         sm_90         256          2  any   32  32  8  2
         sm_100        32,64,128    2  any   64 128  8  2
@@ -120,17 +122,19 @@ BACKWARD_Q = dict(
         sm_80         64           2  any  128  64  8  2
         sm_80         128          2  any   64  32  8  2
         sm_80         256          2  any   32  32  8  1
-        sm_90,sm_100  32,64,128    2  any  128  64  8  2
+        sm_90,sm_100  32,128       2  any  128  64  8  2
+        sm_90         64           2  any  128 128  8  2
+        sm_100        64           2  any  128  64  8  2
         sm_90         256          2  any   32  64  8  1
         sm_100        256          2  any   64  32  8  1
         gfx942        32,64        2  any   64  64  4  1
         gfx942        128          2  any   64  32  4  1
         gfx942        256          2  any   32  32  4  1
-        sm_80         32           4  any   32  16  4  1
-        sm_80         64           4  any   32  32  4  1
+        sm_80,sm_90   32           4  any   32  16  4  1
+        sm_80,sm_90   64           4  any   32  32  4  1
         sm_80         128          4  any   32  32  8  1
         sm_80         256          4  any   16  16  8  1
-        sm_90,sm_100  32,64        4  any   32  32  4  1
+        sm_100        32,64        4  any   32  32  4  1
         sm_90,sm_100  128,256      4  any   16  16  8  1
         gfx942        32,64        4  any   32  32  4  1
         gfx942        128,256      4  any   16  16  4  1
@@ -181,31 +185,33 @@ def row_sums(grad_BTHD: Tensor, out_BTHD: Tensor, grad_lse_BHT: Tensor | None) -
     return delta
 
 
-def backward_q(grad_BTHD: Tensor, delta_BHT: Tensor, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lse_BHT: Tensor, mask: Mask) -> Tensor:
-    """The gradient of the queries."""
+def backward_q(
+    grad_BTHD: Tensor, delta_BHT: Tensor, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lse2_BHT: Tensor, mask: Mask
+) -> Tensor:
+    """The gradient of the queries. `lse2_BHT` is what `forward` gave times LOG2E, `delta_BHT` from `row_sums`."""
     (B, T, H, _), S = q_BTHD.shape, k_BSGD.shape[1]
     q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     launch = BACKWARD_Q[_key(q, mask)]
     if dq.numel():
         kernels.backward_q[triton.cdiv(T, launch.blocks["BLOCK_M"]), B * H](
-            q, k, v, grad, lse_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dq), _range_stride(mask),
+            q, k, v, grad, lse2_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dq), _range_stride(mask),
             T, S, H, H // k.shape[2], *_rates(mask), **_flags(q, mask, S % launch.blocks["BLOCK_N"]), **launch.arguments(),
         )  # fmt: skip
     return dq
 
 
 def backward_kv(
-    grad_BTHD: Tensor, delta_BHT: Tensor, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lse_BHT: Tensor, mask: Mask
+    grad_BTHD: Tensor, delta_BHT: Tensor, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lse2_BHT: Tensor, mask: Mask
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the keys and the values."""
+    """The gradients of the keys and the values, from the same as `backward_q`."""
     (B, T, H, _), (S, G) = q_BTHD.shape, k_BSGD.shape[1:3]
     q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     launch = BACKWARD_KV[_key(q, mask)]
     if dk.numel():
         kernels.backward_kv[triton.cdiv(S, launch.blocks["BLOCK_N"]), B * G](
-            q, k, v, grad, lse_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dk, dv),
+            q, k, v, grad, lse2_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dk, dv),
             _range_stride(mask, keys=True), T, S, H, H // G, *_rates(mask),
             **_flags(q, mask, T % launch.blocks["BLOCK_M"]), **launch.arguments(),
         )  # fmt: skip
@@ -285,8 +291,8 @@ def attention_backward(
     end_key: Tensor | None, first_query: Tensor | None, end_query: Tensor | None, causal: bool, scale: float, cap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     mask = _mask(first_key, end_key, first_query, end_query, causal, scale, cap)
-    delta = row_sums(grad, out, grad_lse)
-    return backward_q(grad, delta, q, k, v, lse, mask), *backward_kv(grad, delta, q, k, v, lse, mask), delta
+    delta, lse2 = row_sums(grad, out, grad_lse), lse * LOG2E  # not in the loops, where every block of keys would do it again
+    return backward_q(grad, delta, q, k, v, lse2, mask), *backward_kv(grad, delta, q, k, v, lse2, mask), delta
 
 
 @attention_backward.register_fake
@@ -307,7 +313,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, grad, grad_lse):
     q, k, v, sink, *seen, out, lse = ctx.saved_tensors
-    if grad is None:
+    if grad is None:  # only the log-sum-exp was used
         grad = torch.zeros_like(out)
     dq, dk, dv, delta = attention_backward(grad, grad_lse, q, k, v, out, lse, *seen, ctx.causal, ctx.scale, ctx.cap)
     # A sink is one more score, without a value: minus its probability times delta.

@@ -1,7 +1,8 @@
 """The kernels of flash attention; attention.py says what they are for, and launches them.
 
-Scores are kept in units of log 2, so that exponentials are the hardware's exp2: `rate` is scale * log2(e), `cap` is in those
-units too. A block of rows sees a range of blocks, of which the first and the last few may need a mask: see `_bounds`.
+Scores are kept in units of log 2, so that exponentials are the hardware's exp2: `rate` is scale * log2(e), and `cap` and, in the
+backward pass, LSE are in those units too. A block of rows sees a range of blocks, of which the first and the last few may need
+a mask: see `_bounds`.
 
 B batch, T query length, S key length, H query heads, G key and value heads, D head dim; M queries and N keys of a block.
 """
@@ -171,9 +172,9 @@ def _add_kv(
             lse, delta = tl.load(LSE + h * T + m + rows), tl.load(DELTA + h * T + m + rows)
         if CAP:
             t = _tanh(s * (rate / cap))
-            p = tl.exp2(cap * t - lse[None, :] * 1.4426950408889634)
+            p = tl.exp2(cap * t - lse[None, :])
         else:
-            p = tl.exp2(s * rate - lse[None, :] * 1.4426950408889634)
+            p = tl.exp2(s * rate - lse[None, :])
         if MASKED:
             seen = (m + rows[None, :] >= first[:, None]) & (m + rows[None, :] < end[:, None])
             p = tl.where(seen, p, 0.0)
@@ -271,7 +272,7 @@ def backward_q(
     start, whole, whole_end, stop = _bounds(first, end, valid, S, BLOCK_N)
     q = _load(Q + b * qb + h * qh, m, T, qt, rows, columns, D, False)
     grad = _load(GRAD + b * gb + h * gh, m, T, gt, rows, columns, D, False)
-    lse = tl.load(LSE + (b * H + h) * T + m + rows, mask=valid, other=0.0) * 1.4426950408889634
+    lse = tl.load(LSE + (b * H + h) * T + m + rows, mask=valid, other=0.0)
     delta = tl.load(DELTA + (b * H + h) * T + m + rows, mask=valid, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for phase in tl.static_range(3):
