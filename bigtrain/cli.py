@@ -101,7 +101,9 @@ def train(
     create(settled, start.run).close()  # rank 0 does it again; here a folder that cannot be had is known at once
     arguments = ["train", str(config), *(overrides or []), *([f"run.name={settled.run.name}"] if new else [])]
     ranks = hardware.ranks(settled, here)
-    raise typer.Exit(local.launch(arguments, ranks, port=settled.launch.port, environment={}, threads=max(1, here.cores // ranks)))
+    environment = hardware.HOST_MEMORY if here.kind == "cpu" and "GLIBC_TUNABLES" not in os.environ else {}
+    threads = max(1, here.cores // ranks)
+    raise typer.Exit(local.launch(arguments, ranks, port=settled.launch.port, environment=environment, threads=threads))
 
 
 @app.command()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -43,9 +45,7 @@ class Engine:
         self._world = world
         settings = derive(config, batch, precision)
         if world.device.type == "cpu":
-            # torch's optimizers import torch._dynamo and with it Triton's compiler, 70 MiB that a CPU rank has no use for;
-            # None has Python answer that it is not installed. Kernels that run in its interpreter have imported it by now.
-            sys.modules.setdefault("triton", None)
+            _leave_compilers_out()
         _start_collectives(world)
         model = _build(config.zero.stage, settings, world.device, build, initialise)
         groups = parameter_groups(model, config.optimizer)
@@ -113,6 +113,16 @@ class Engine:
         return float(self.deepspeed.optimizer.loss_scale) if self._precision == "fp16" else None
 
 
+def _leave_compilers_out() -> None:
+    """Keep compilers out of a rank on a CPU, which compiles nothing: 130 MiB, and a second at start-up."""
+    # torch._dynamo would import Triton's; None has Python answer that it is not installed. Kernels that run in its interpreter
+    # have imported it by now.
+    sys.modules.setdefault("triton", None)
+    # Whatever the optimizer, DeepSpeed imports its Muon, whose orthogonalisation is handed to torch.compile at import.
+    with mock.patch.object(torch, "compile", lambda function, **_: function):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+
 def _start_collectives(world: World) -> None:
     """Let DeepSpeed set up its collectives on the process group that is there.
 
@@ -161,7 +171,7 @@ def _optimizer(config: Optimizer, groups: list[dict[str, Any]], offload: bool, d
     if config.name == "adamw":
         if offload:
             return DeepSpeedCPUAdam(groups, betas=betas, eps=config.eps, adamw_mode=True)
-        return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
+        return _eager(torch.optim.AdamW)(groups, betas=betas, eps=config.eps, fused=True)
     if config.name == "lion":
         # DeepSpeed's Lion for the host works on any tensor in host memory, and without a GPU all of them are.
         return DeepSpeedCPULion(groups, betas=betas) if offload or device == "cpu" else FusedLion(groups, betas=betas)
@@ -170,8 +180,15 @@ def _optimizer(config: Optimizer, groups: list[dict[str, Any]], offload: bool, d
 
         return MuonWithAuxAdam(groups)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum)
-    return torch.optim.RMSprop(groups, alpha=config.alpha, eps=config.eps, momentum=config.momentum)
+        return _eager(torch.optim.SGD)(groups, momentum=config.momentum)
+    return _eager(torch.optim.RMSprop)(groups, alpha=config.alpha, eps=config.eps, momentum=config.momentum)
+
+
+def _eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """`kind` without the wrappers that tell torch.compile to stay out: to say so they import it, 60 MiB and a second."""
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad", "step")}
+    methods["step"] = torch.no_grad()(methods["step"])  # which its wrapper saw to as well
+    return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
 
 
 def load_op(name: str) -> None:
