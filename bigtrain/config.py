@@ -165,6 +165,13 @@ class Train(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of a moving average of the weights, kept in float32 and sharded as the optimizer is."""
     early_stopping: EarlyStopping | None = None
+    skip_limit: Count = 3
+    """Steps in a row that may be passed over because the gradient is not finite, or spikes, with the weights left as they were;
+    one more ends the run."""
+    spike: Annotated[float, Field(gt=1)] | None = None
+    """Pass over a step whose gradient norm is this many times its moving average; null: none."""
+    frozen: list[str] = []
+    """Parameters that are not trained: names, or patterns such as `embedding.*` (shell style)."""
     seed: Count = 0
     log_every: Positive = 1
     """Steps between rows of metrics.jsonl."""
@@ -246,6 +253,19 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step is always saved. Left out: only the last."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints to keep."""
+    keep_every: Positive | None = None
+    """Also keep those whose step is a multiple of this."""
+    keep_best: Literal["validation_loss", "perplexity", "bits_per_byte"] | None = None
+    """Also keep the one with the lowest value of this metric, among those saved at a step that was evaluated."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false: training waits for the disk."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written (a full disk): warn and go on, or end the run. The last one must be written."""
+    commit: Literal["rename", "file"] = "rename"
+    """What makes a checkpoint count: the renaming of its folder, or, where a file system cannot rename a folder in one step (some
+    object stores), its manifest, written last."""
+    file_bytes: Positive = 1 << 32
+    """A rank begins another file when one has grown to this size."""
 
 
 class Evaluate(Section):
@@ -283,7 +303,20 @@ class Launch(Section):
     port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     """Port on which the ranks meet; left out: a free one."""
     timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that a collective may take before the run is ended."""
+    """Seconds without a sign of progress (a collective, a forward pass) after which the run is taken to hang and is ended."""
+    grace: Annotated[float, Field(gt=0)] | None = None
+    """Seconds between a scheduler's first signal and its kill. Where a step takes longer, a stop gives the step up half-way."""
+    lease: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds after which a run whose holder has fallen silent (power loss) may be taken over from another host."""
+
+
+class Restarts(Section):
+    """What happens after a crash or a hang of ranks that bigtrain has started."""
+
+    max: Count = 3
+    """Restarts in all; each goes on from the newest checkpoint. A crash that repeats at the same step is not tried a third time."""
+    backoff: Annotated[float, Field(ge=0)] = 1.0
+    """Seconds before the first restart; twice as long before each further one, a minute at most."""
 
 
 class Config(Section):
@@ -302,6 +335,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     generate: Generate = Generate()
     tracking: Tracking = Tracking()
+    restarts: Restarts = Restarts()
     launch: Launch = Launch()
 
 
@@ -377,12 +411,18 @@ def wsd_decay_steps(config: Config) -> int:
     return config.schedule.decay_steps or max(1, config.train.steps // 5)
 
 
-# A resumed run may differ in these sections: they change where it runs and what is shown, not the numbers.
-MAY_DIFFER_ON_RESUME = ("run", "launch", "tracking", "generate", "evaluate", "checkpoint")
+MAY_DIFFER_ON_RESUME = (
+    # Where it runs and what is shown.
+    "run", "launch", "restarts", "tracking", "generate", "evaluate", "checkpoint",
+    # How the same batches are computed: equal up to the order of sums. The global batch itself is compared by the run.
+    "zero", "kernels", "train.micro_batch", "train.accumulation", "train.global_batch", "train.log_every",
+    "train.skip_limit", "model.activation_checkpointing",
+)  # fmt: skip
+"""Sections and keys in which a resumed run may differ from what it was."""
 
 
 def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Keys in which two configs differ, as lines `key: old -> new`."""
+    """Keys in which two configs differ, as lines `key: old -> new`; `ignore` names keys and whole sections."""
 
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
@@ -390,5 +430,5 @@ def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[
         return {prefix.rstrip("."): value}
 
     a, b = flat(old.model_dump()), flat(new.model_dump())
-    keys = [k for k in {**a, **b} if k.split(".")[0] not in ignore]
+    keys = [k for k in {**a, **b} if not any(k == i or k.startswith(f"{i}.") for i in ignore)]
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in keys if a.get(k) != b.get(k)]

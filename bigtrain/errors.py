@@ -4,6 +4,9 @@ DONE = 0
 FAILURE = 1
 USER_MISTAKE = 2
 STOPPED = 75  # stopped on request: start the same command again and the run goes on
+HANG = 76  # no progress for launch.timeout seconds; which rank was late is in the attempt's hang.json
+BAD_NODE = 77  # a machine failed its checks
+SAME_CRASH = 78  # the same crash twice at the same step: starting again would not help
 
 
 class BigtrainError(Exception):
