@@ -84,7 +84,8 @@ def open_run(config: Config) -> Start:
             raise UserError(f"{run.config}: missing beside the checkpoints of a run; bring it back, or pass --new to start beside it")
         _check_init(config)
         return Start(run, [])
-    start = Start(run, format.checkpoints(run.checkpoints))
+    # What a crash leaves unfinished has no manifest where that is what counts; elsewhere its loss is damage, and said.
+    start = Start(run, format.checkpoints(run.checkpoints, complete=config.checkpoint.commit == "file"))
     if not start.checkpoints:
         _check_init(config)
         if not run.metrics.is_file():  # it has failed before its first step: whatever is tried next is tried here

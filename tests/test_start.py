@@ -194,8 +194,10 @@ def test_junk_among_the_checkpoints_is_passed_over(config):
     for name in (".step-00000009.writing", "step-", "step-x", "step-²", "notes"):
         (real.parent / name).mkdir()
     (real.parent / "step-00000007").write_text("a file")
-    (real.parent / "step-00000008").mkdir()  # without a manifest: not complete
     assert open_run(config()).checkpoints == [real]
+    (real.parent / "step-00000008").mkdir()  # without a manifest: somebody removed it, or, where that is what counts, it was cut short
+    assert len(open_run(config()).checkpoints) == 2
+    assert open_run(config(checkpoint={"commit": "file"})).checkpoints == [real]
 
 
 @pytest.mark.parametrize("in_the_way", ["runs", "runs/r"])

@@ -92,12 +92,13 @@ class State(Section):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a run's checkpoints folder, oldest first."""
+def checkpoints(folder: Path, complete: bool = True) -> list[Path]:
+    """Complete checkpoints in a run's checkpoints folder, oldest first; with `complete` false also those without a manifest,
+    which the renaming of a folder never leaves behind: somebody has removed it."""
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if p.name.startswith(PREFIX) and p.name[len(PREFIX) :].isdecimal()]
-    return sorted((p for p in found if (p / MANIFEST).is_file()), key=step_of)
+    return sorted((p for p in found if (p / MANIFEST).is_file() or (p.is_dir() and not complete)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

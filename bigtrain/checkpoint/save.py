@@ -89,7 +89,7 @@ def write(final: Path, content: Content, world: World, rules: Checkpoint, guard:
         return f"{final}: not written, rank {problems[0][0]} says: {problems[0][1]}; {safe}"
 
     needed = sum(world.gather(sum(4 * tensor.numel() for *_, tensor in content.fragments)))
-    if verdict := agree(_try(lambda: _fresh(temporary, needed)) if world.first else None):
+    if verdict := agree(_try(lambda: _fresh(temporary, needed, rules.commit == "file")) if world.first else None):
         return verdict
     written: list[Any] = []
     if verdict := agree(_try(lambda: written.extend(_write_rank(temporary, content.fragments, world.rank, rules.file_bytes)))):
@@ -98,10 +98,10 @@ def write(final: Path, content: Content, world: World, rules: Checkpoint, guard:
     return agree(_try(lambda: _commit(temporary, final, content, gathered, guard)) if world.first else None)
 
 
-def _fresh(temporary: Path, needed: int) -> None:
+def _fresh(temporary: Path, needed: int, in_place: bool) -> None:
     folder = temporary.parent
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = [p for p in folder.glob(f"{format.PREFIX}*") if p.is_dir() and not (p / format.MANIFEST).exists()]
+    unfinished = set(format.checkpoints(folder, complete=False)) - set(format.checkpoints(folder)) if in_place else ()
     for left in [*folder.glob(".*.writing"), *folder.glob(".*.removing"), *unfinished]:  # of a save that a crash cut short
         shutil.rmtree(left, ignore_errors=True)
     free = shutil.disk_usage(folder).free

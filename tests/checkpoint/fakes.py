@@ -139,13 +139,21 @@ def saved(folder: Path, step: int, shapes, mine: list[Partition], world: World, 
 
 
 def write(
-    folder: Path, step: int, size: int = 2, shapes=SHAPES, seed: int = 0, kinds=("model", "exp_avg", "ema"), rules=None, **state
+    folder: Path,
+    step: int,
+    size: int = 2,
+    shapes=SHAPES,
+    seed: int = 0,
+    kinds=("model", "exp_avg", "ema"),
+    rules=None,
+    files=FILES,
+    **state,
 ) -> list:
     """Save a checkpoint from `size` ranks; gives what each rank's save returned or raised."""
     whole = values(shapes, kinds, seed)
 
     def one(world):
         mine = partitions(whole, halves(shapes, world.rank, size))
-        return saved(folder, step, shapes, mine, world, rules, **state)
+        return saved(folder, step, shapes, mine, world, rules, files, **state)
 
     return on_ranks(size, one)
