@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from bigtrain.model.transformer import Transformer, parameter_shapes
 from bigtrain.runfolder import RunFolder
 from bigtrain.schedule import learning_rate_share
 from bigtrain.tasks import make_task
+from bigtrain.watchdog import Pulse
 from bigtrain.world import World
 from bigtrain_kernels.ops import resolve_backends
 
@@ -72,11 +74,24 @@ class Step:
 class Trainer:
     """A run on this rank. `peak` is what all devices together can multiply, in TFLOP/s, which MFU divides by.
 
-    `report` gets what rank 0 shows and keeps; the other ranks pass a bare `Report`, which drops it.
+    `report` gets what rank 0 shows and keeps; the other ranks pass a bare `Report`, which drops it. `pulse` is told what this
+    rank does. `guard` is called before anything is made final, and raises when this process must no longer do so.
     """
 
-    def __init__(self, config: Config, batch: Batch, precision: str, peak: float, world: World, run: RunFolder, report: Report):
-        self.peak = peak
+    def __init__(
+        self,
+        config: Config,
+        batch: Batch,
+        precision: str,
+        peak: float,
+        world: World,
+        run: RunFolder,
+        report: Report,
+        *,
+        pulse: Pulse | None = None,
+        guard: Callable[[], None] = lambda: None,
+    ):
+        self.peak, self.pulse, self.guard = peak, pulse or Pulse(), guard
         self.config, self.batch, self.precision, self.world, self.run, self.report = config, batch, precision, world, run, report
         store = TokenStore(config.data.folder, "train")
         self.data = store.manifest.fingerprint
@@ -117,6 +132,7 @@ class Trainer:
         with closing(self.loader.steps(progress.position)) as batches:
             while progress.step < config.train.steps:
                 started = time.perf_counter()
+                self.pulse("data", progress.step + 1, progress.position)
                 micro_batches, position = next(batches)
                 self.unlogged = self.train_step(micro_batches, started)
                 progress.step, progress.position = progress.step + 1, position
@@ -139,12 +155,15 @@ class Trainer:
         tokens = self.agree(sum(batch["count"] for batch in micro_batches))
         losses = []
         for batch in micro_batches:
+            self.pulse("forward")
             torch.manual_seed(_seed(self.config.train.seed, batch["first_position"]))
             loss, _ = self.task.loss(self.engine, to_device(batch, self.world.device))
+            self.pulse("backward")
             self.engine.backward(loss / tokens)
             losses.append(loss.detach())
         loss_sum = Deferred(torch.stack(losses).sum())
         share = learning_rate_share(self.config, self.progress.step)
+        self.pulse("step")
         grad_norm, applied = self.engine.step(share)
         if not applied and self.precision != "fp16":  # fp16 skips such steps by design and lowers its loss scale
             self.refuse(micro_batches, losses, grad_norm)
@@ -155,6 +174,7 @@ class Trainer:
     def agree(self, tokens: int) -> float:
         """The one small all-reduce of a step: target tokens of the global batch, the loss of the step before, and whether
         any rank was asked to stop, in which case every rank saves and raises StopRequested."""
+        self.pulse("agree")
         before = self.unlogged.loss_sum.value() if self.unlogged else 0.0
         tokens_sum, loss_sum, stops = self.world.sum([tokens, before, self.stop is not None])
         self.log(loss_sum)
@@ -219,11 +239,12 @@ class Trainer:
         """Evaluate on the held-out split and write samples. Returns whether early stopping says that it is enough."""
         with self.engine.evaluating() as model:
             batches = evaluation_batches(self.held_out, self.task, self.config, self.batch, self.world.rank)
-            metrics = evaluate(model, self.task, batches, self.world.device, self.world.sum)
+            metrics = evaluate(model, self.task, self.pulse.each("evaluate", batches), self.world.device, self.world.sum)
             samples = []
             for prompt in self.config.generate.prompts:
                 pieces = generate(model, self.tokenizer, prompt, self.config.generate, self.world.device)
-                samples.append({"step": self.progress.step, "prompt": prompt, "text": "".join(pieces)})
+                text = "".join(self.pulse.each("generate", pieces))
+                samples.append({"step": self.progress.step, "prompt": prompt, "text": text})
         self.report.evaluation({"step": self.progress.step, **metrics}, samples)
         stopping, progress = self.config.train.early_stopping, self.progress
         if metrics["validation_loss"] < progress.best_loss - (stopping.min_delta if stopping else 0.0):
@@ -244,6 +265,7 @@ class Trainer:
         """
         if self.saved == self.progress.step:
             return
+        self.pulse("save")
         scalars: dict[str, float] = {}
         for partition in self.partitions:
             if partition.pieces:
@@ -264,6 +286,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of this run. Raises UserError when model or data are not what it was made with."""
+        self.pulse("resume")
         reader = Reader(checkpoint)
         check_shapes(checkpoint, reader.index, self.shapes)
         state = format.read_json(checkpoint / "state.json")
