@@ -47,7 +47,7 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
     code, reason, restart, lost = DONE, "done", False, False
     pulse = Pulse()
     try:
-        world = World.join("cpu" if hardware.kind == "cpu" else "cuda", patience(config.launch.timeout), pulse)
+        world = World.join("cpu" if hardware.kind == "cpu" else "cuda", patience(max(config.launch.timeout, config.launch.lease)), pulse)
         rank, alone = world.rank, False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # until the trainer answers them
             signal.signal(number, signal.default_int_handler)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -52,10 +51,14 @@ def examine(path: Path) -> Diagnosis:
 
 
 def show(found: Diagnosis, console: Console) -> None:
-    """Print a diagnosis for a person."""
-    for line in found.before:
-        console.print(Text(_printable(line), style="dim"))
-    console.print(Text(_printable(found.what), style="bold"))
+    """Print a diagnosis for a person; paths and messages stay whole, so that they can be copied."""
+
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(_printable(text), style=style), soft_wrap=True)
+
+    for text in found.before:
+        line(text, "dim")
+    line(found.what, "bold")
     if found.ranks:
         table = Table("rank", "host", "pid", "step", "phase", "last sign of life", "state")
         for r in found.ranks:
@@ -63,9 +66,9 @@ def show(found: Diagnosis, console: Console) -> None:
             table.add_row(*(Text(_printable(str(cell))) for cell in cells))
         console.print(table)
     for path, text in found.stories:
-        console.print(Text(f"{path}:"))
-        console.print(Padding(Text(_printable(text), style="dim"), (0, 2)))
-    console.print(Text(_printable(f"What to do: {found.advice}")))
+        line(f"{path}:")
+        line("\n".join(f"  {each}" for each in text.splitlines()), "dim")
+    line(f"What to do: {found.advice}")
 
 
 def _is_held(run: RunFolder, number: int, now: float) -> bool:
