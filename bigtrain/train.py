@@ -163,7 +163,7 @@ class Trainer:
             losses.append(loss.detach())
         loss_sum = Deferred(torch.stack(losses).sum())
         share = learning_rate_share(self.config, self.progress.step)
-        self.pulse("step")
+        self.pulse("optimizer")
         grad_norm, applied = self.engine.step(share)
         if not applied and self.precision != "fp16":  # fp16 skips such steps by design and lowers its loss scale
             self.refuse(micro_batches, losses, grad_norm)

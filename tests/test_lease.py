@@ -106,10 +106,10 @@ def test_a_lease_that_has_run_out_is_taken_over_at_once(run):
 
 
 def test_a_silent_holder_has_the_rest_of_its_lease_to_show_that_it_lives(run):
-    left_behind(run, 59.6)
+    left_behind(run, 58.0)
     said, begun = [], time.monotonic()
     assert taken(run, say=said.append) == 2
-    assert time.monotonic() - begun > 0.2
+    assert time.monotonic() - begun > 0.5
     [line] = said
     assert "still being trained (attempt 1, process 42 on node7, since 19" in line
 
@@ -134,13 +134,15 @@ def test_its_own_supervisor_may_take_it_over_at_once(run):
     assert taken(run, owner="token", say=pytest.fail) == 2
 
 
-def test_it_is_renewed_only_when_it_is_time_to(run):
-    with Lease.take(run, 0.4) as lease:
+def test_it_is_renewed_only_when_it_is_time_to(run, monkeypatch):
+    later, now = 0.0, time.monotonic
+    monkeypatch.setattr(module.time, "monotonic", lambda: now() + later)
+    with Lease.take(run, 1000) as lease:
         lease.start()
         os.utime(run.lease, (0, 0))
         lease.renew()
         assert run.lease.stat().st_mtime == 0
-        time.sleep(0.15)
+        later = 250.0
         lease.renew()
         assert run.lease.stat().st_mtime > 0
 

@@ -111,7 +111,7 @@ def ranks(tmp_path):
     run = RunFolder(tmp_path / "r")
     run.start_attempt()
 
-    def start(does: str, timeout: float = 2.0, count: int = 2):
+    def start(does: str, timeout: float = 3.0, count: int = 2):
         for rank in range(count):
             (run.path / f"step-{rank}").write_text("0")
         for rank in range(count):
@@ -131,9 +131,9 @@ def test_a_stopped_rank_is_named(ranks):
     os.waitid(os.P_PID, second.pid, os.WSTOPPED | os.WNOWAIT)
     begun = time.monotonic()
     screen = first.communicate(timeout=30)[0]
-    assert first.returncode == HANG and 1.0 < time.monotonic() - begun < 2.0 + 5.0
+    assert first.returncode == HANG and 1.0 < time.monotonic() - begun < 3.0 + 5.0
     [line, stacks] = [line for line in screen.splitlines() if line]
-    assert line.startswith("bigtrain: no progress for 2 s: rank 1 on ") and ", in step 5 (forward since " in line
+    assert line.startswith("bigtrain: no progress for 3 s: rank 1 on ") and ", in step 5 (forward since " in line
     assert (
         "shows no sign of life for " in line
         and "; the run is in step " in line
@@ -167,11 +167,11 @@ def test_a_rank_that_holds_the_interpreter_still_shows_its_stack(ranks):
 
 def test_a_suspended_machine_is_no_hang(ranks):
     """All processes were stopped for longer than the time-out, and go on."""
-    run, started = ranks("pass", timeout=0.8)
+    run, started = ranks("pass", timeout=2.0)
     until(lambda: (run.path / "step-0").read_text() > "5")
     for process in started:
         process.send_signal(signal.SIGSTOP)
-    time.sleep(1.5)
+    time.sleep(3.0)
     for process in started:
         process.send_signal(signal.SIGCONT)
     step = int((run.path / "step-0").read_text())
@@ -179,16 +179,12 @@ def test_a_suspended_machine_is_no_hang(ranks):
     assert [process.poll() for process in started] == [None, None] and not run.hang(1).exists()
 
 
-def test_a_full_disk_is_one_warning(tmp_path, capfd, monkeypatch):
+def test_a_full_disk_is_one_warning(tmp_path, capfd):
     run = RunFolder(tmp_path / "r")
     run.start_attempt()
     run.heartbeat(1, 0).parent.write_text("in the way")
-    pulse = Pulse()
-    watchdog = Watchdog(run, 1, 0, 1, pulse, 0.2, sys.stdout)
+    watchdog = Watchdog(run, 1, 0, 1, Pulse(), 60, sys.stdout)
     watchdog.start()
-    for step in range(20):
-        pulse("data", step)
-        time.sleep(0.02)
     watchdog.close(0, "done", restart=False, lost=False)
     assert capfd.readouterr().err.count("warning: no heartbeat of rank 0") == 1
 

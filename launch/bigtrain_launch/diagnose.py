@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from bigtrain.runfolder import RunFolder, machine, process_start, read_json
 SILENT_SECONDS = 10.0  # without a heartbeat, of which there is one a second: something is wrong with that rank
 QUIET_SECONDS = 60.0  # without progress: worth a word
 TAIL_BYTES = 1 << 18  # of a log: the end of a story is there
-TRACE_LINES = 14
+TRACE_LINES = 20
+STORIES = 4  # logs that are quoted, at most
 
 
 @dataclass(frozen=True)
@@ -163,15 +165,16 @@ def _phase(beat: dict[str, Any]) -> str:
 
 
 def _stories(run: RunFolder, number: int, beats: list[dict[str, Any]], hang: dict[str, Any]) -> list[tuple[Path, str]]:
-    """From the logs: where ranks hung, else tracebacks, else the last lines; not of those who only lost another rank."""
-    if hang:
-        ranks, find = hang.get("late") or [hang.get("found_by", 0)], _stack
-    else:
-        crashed = [b for b in beats if b.get("restart") and not b["lost"]]
-        silent = [b for b in beats if "exit_code" not in b]
-        ranks, find = [b["rank"] for b in crashed or silent], _traceback
-    logs = [run.log(number, rank) for rank in ranks[:4]]
-    return [(log, text) for log in logs if (text := find(_tail(log)))]
+    """From the logs: where ranks hung, else the tracebacks of those who did not only lose another rank."""
+
+    def told(ranks: list[int], find: Callable[[str], str]) -> list[tuple[Path, str]]:
+        logs = [run.log(number, rank) for rank in ranks[:STORIES]]
+        return [(log, text) for log in logs if (text := find(_tail(log)))]
+
+    if hang:  # a rank that was stopped or dead has no stack to show; where the others waited says something too
+        return told(hang.get("late", []), _stack) or told([hang.get("found_by", 0)], _stack)
+    crashed = [b["rank"] for b in beats if b.get("restart") and not b["lost"]]
+    return told(crashed or [b["rank"] for b in beats if "exit_code" not in b], _traceback)
 
 
 def _tail(log: Path) -> str:

@@ -184,6 +184,9 @@ def test_a_hang(run):
     assert "line 41 in loss" in text and "loader.py" not in text and "watchdog.py" not in text
     assert str(run.folder.log(1, 1)) in text and str(run.folder.log(1, 0)) not in text
 
+    run.folder.log(number, 1).write_text("")  # it was stopped, and could not say where
+    assert str(run.folder.log(1, 0)) in run.diagnosis() and "line 41 in loss" in run.diagnosis()
+
 
 def test_out_of_memory(run):
     run.attempt(**ENDED, exit_code=1, reason="rank 1 was killed by SIGKILL (out of memory?)", restart=True)
