@@ -77,6 +77,7 @@ def test_done(ended):
 def test_errors_of_ours(ended, error, code):
     found, screen, record = ended(fails(error))
     assert (found, screen, record["exit_code"], record["reason"]) == (code, f"bigtrain: {error}\n", code, str(error))
+    assert record["restart"] is False  # it would end so again
     assert ended(fails(error), rank=1) == (code, "", None)
 
 
@@ -84,7 +85,7 @@ def test_a_bug_is_one_line_that_names_the_log(ended, capfd):
     code, screen, record = ended(fails(ZeroDivisionError("first line\nsecond line")))
     assert code == 1 and screen.splitlines()[0] == "bigtrain: rank 0 failed: ZeroDivisionError: first line"
     assert screen.splitlines()[1].startswith("bigtrain: the whole story: ") and screen.endswith("attempts/1/logs/rank-00000.log\n")
-    assert record["reason"] == "ZeroDivisionError: first line\nsecond line" and "Traceback" in capfd.readouterr().err
+    assert record["restart"] and record["reason"] == "ZeroDivisionError: first line\nsecond line" and "Traceback" in capfd.readouterr().err
     assert ended(fails(ZeroDivisionError("x")), rank=1)[1].startswith("bigtrain: rank 1 failed: ")
 
 

@@ -166,16 +166,17 @@ def test_a_rank_that_holds_the_interpreter_still_shows_its_stack(ranks):
 
 
 def test_a_suspended_machine_is_no_hang(ranks):
-    """All processes were stopped for longer than the time-out, and go on."""
-    run, started = ranks("pass", timeout=2.0)
+    """Both ranks are suspended for longer than the time-out, the first while it waits for the second, and go on."""
+    run, started = ranks("pass", timeout=6.0)
     until(lambda: (run.path / "step-0").read_text() > "5")
-    for process in started:
-        process.send_signal(signal.SIGSTOP)
-    time.sleep(3.0)
+    started[1].send_signal(signal.SIGSTOP)
+    time.sleep(1.5)  # the watchdog of the first has seen it wait
+    started[0].send_signal(signal.SIGSTOP)
+    time.sleep(6.0)
+    step = int((run.path / "step-0").read_text())
     for process in started:
         process.send_signal(signal.SIGCONT)
-    step = int((run.path / "step-0").read_text())
-    until(lambda: int((run.path / "step-0").read_text() or 0) > step + 50)
+    until(lambda: int((run.path / "step-0").read_text() or 0) > step + 200)
     assert [process.poll() for process in started] == [None, None] and not run.hang(1).exists()
 
 

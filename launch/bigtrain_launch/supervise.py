@@ -94,20 +94,19 @@ def supervise(argv: Sequence[str], ranks: int, run: RunFolder, config: Config, *
 
 def judge(run: RunFolder, attempt: int | None, end: End) -> Ended:
     """How an attempt ended, None where its ranks ended before they had one."""
-    if attempt is None:
-        reason = f"rank {end.rank} {killed_by(end.killed_by)}" if end.killed_by else "the ranks failed before the run was opened"
-        return Ended(end.code, reason, again=end.killed_by is not None and not end.asked)
-    beats = run.heartbeats(attempt, now=time.time())
+    beats = run.heartbeats(attempt, now=time.time()) if attempt else []
     step, position = max(((b["step"], b["position"]) for b in beats), default=(0, 0))
     reason, may_help = _reason(run, attempt, end, [b for b in beats if "exit_code" in b])
     again = may_help and not end.asked and end.code not in (DONE, STOPPED, USER_MISTAKE)
     return Ended(end.code, reason, again, step, position)
 
 
-def _reason(run: RunFolder, attempt: int, end: End, last_words: list[dict[str, Any]]) -> tuple[str, bool]:
+def _reason(run: RunFolder, attempt: int | None, end: End, last_words: list[dict[str, Any]]) -> tuple[str, bool]:
     """Why the attempt ended, and whether starting again may help. Who lost another rank is asked last."""
     if end.killed_by:
         return f"rank {end.rank} {killed_by(end.killed_by)}", True
+    if attempt is None:
+        return "the ranks failed before the run was opened", False
     if end.code == HANG:
         return read_json(run.hang(attempt)).get("reason", "the ranks made no progress"), True
     failed = [b for b in last_words if b["exit_code"] == end.code]
