@@ -159,7 +159,7 @@ def test_a_busy_rank_is_named_and_shows_its_stack(ranks):
 
 def test_a_rank_that_holds_the_interpreter_still_shows_its_stack(ranks):
     """Its watchdog cannot run; the other one's signal makes it print."""
-    run, (first, _) = ranks("import ctypes\ndef stuck_in_c(): ctypes.PyDLL(None).sleep(60)\nstuck_in_c()")
+    run, (first, _) = ranks("def stuck_in_c():\n    import ctypes\n    ctypes.PyDLL(None).sleep(60)\nstuck_in_c()")
     first.communicate(timeout=30)
     assert first.returncode == HANG and read_json(run.hang(1))["late"] == [1]
     until(lambda: "stuck_in_c" in run.log(1, 1).read_text())
