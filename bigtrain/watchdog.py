@@ -78,8 +78,8 @@ class Pulse:
 class Watchdog:
     """Watches the pulse of one rank from `start` to `close`; after `timeout` seconds without progress ends the process with HANG.
 
-    `screen` gets one line about a hang, from the rank that found it first. A hang of the whole machine (all processes were
-    suspended) does not count: what is added up is the time in which this thread ran.
+    Made by the training thread. `screen` gets one line about a hang, from the rank that found it first. Time in which all
+    processes were suspended does not count: what is added up is the time in which the watchdog's thread ran.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Watchdog:
         self._interval = min(INTERVAL, timeout / 4)
         self._who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "machine": machine()}
         self._who["start"] = process_start(os.getpid())
+        self._training = threading.get_ident()
         self._warned = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -121,7 +122,8 @@ class Watchdog:
     def _beat(self, ended: dict[str, Any] | None = None) -> None:
         pulse = self._pulse
         now = {"step": pulse.step, "position": pulse.position, "phase": pulse.phase, "since": pulse.since, "beat": pulse.beat}
-        now |= {"collective": pulse.collective, "waiting": pulse.waiting, "time": time.time()}
+        below = None if pulse.waiting else self._collective()
+        now |= {"collective": below or pulse.collective, "waiting": pulse.waiting or below is not None, "time": time.time()}
         path = self._run.heartbeat(self._attempt, self._rank)
 
         def write() -> None:
@@ -129,6 +131,13 @@ class Watchdog:
             write_atomically(path, json.dumps(self._who | now | (ended or {})), durable=False)
 
         self._try(write)
+
+    def _collective(self) -> str | None:
+        """The collective of torch's that the training thread is in, as its stack shows: DeepSpeed tells our pulse of none."""
+        frame = sys._current_frames().get(self._training)
+        while frame and not frame.f_code.co_filename.endswith("distributed_c10d.py"):
+            frame = frame.f_back
+        return frame.f_code.co_name if frame else None
 
     def _try(self, action: Callable[[], None]) -> None:
         """What the watchdog writes is not worth a run: say once that it cannot."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -188,6 +189,25 @@ def test_a_full_disk_is_one_warning(tmp_path, capfd):
     watchdog.start()
     watchdog.close(0, "done", restart=False, lost=False)
     assert capfd.readouterr().err.count("warning: no heartbeat of rank 0") == 1
+
+
+def test_a_collective_below_us_is_seen_in_the_stack(tmp_path):
+    """DeepSpeed's collectives do not tell the pulse; where two ranks are in the same phase, they tell who waits for whom."""
+    (tmp_path / "distributed_c10d.py").write_text("def all_gather_into_tensor(wait): wait()")
+    torch_does = runpy.run_path(str(tmp_path / "distributed_c10d.py"))["all_gather_into_tensor"]
+    run = RunFolder(tmp_path / "r")
+    run.start_attempt()
+    watchdog = Watchdog(run, 1, 0, 1, Pulse(), 0.4, sys.stdout)
+    watchdog.start()
+
+    def heartbeat() -> tuple[bool, str | None]:
+        beat = read_json(run.heartbeat(1, 0))
+        return beat["waiting"], beat["collective"]
+
+    assert heartbeat() == (False, None)
+    torch_does(lambda: until(lambda: heartbeat() == (True, "all_gather_into_tensor")))
+    until(lambda: heartbeat() == (False, None))
+    watchdog.close(0, "done", restart=False, lost=False)
 
 
 def test_it_renews_the_lease_and_leaves_last_words(tmp_path):
