@@ -197,7 +197,9 @@ def find_late(beats: list[dict[str, Any]], ranks: int, stale_seconds: float) -> 
         return [b["rank"] for b in ended], "; ".join(f"{place(b)} has ended ({b['reason']})" for b in ended)
     if stale := [b for b in beats if b["age"] > stale_seconds]:
         # Their place is that of a last heartbeat, a second old when they fell silent.
-        said = [f"{place(b)} shows no sign of life for {b['age']:.0f} s: stopped, dead, or its machine is gone" for b in stale]
+        said = [
+            f"{place(b, 'last heard of ')} shows no sign of life for {b['age']:.0f} s: stopped, dead, or its machine is gone" for b in stale
+        ]
         return [b["rank"] for b in stale], "; ".join([*said, f"the run is in step {max(b['step'] for b in beats)}"])
     if silent:
         return sorted(silent), f"rank {', '.join(map(str, sorted(silent)))} never wrote a heartbeat"
@@ -213,8 +215,8 @@ def _progress(beat: dict[str, Any]) -> tuple[int, int, bool]:
     return beat["step"], beat["beat"], beat["waiting"]
 
 
-def place(beat: dict[str, Any]) -> str:
+def place(beat: dict[str, Any], heard: str = "") -> str:
     """Where a rank is, and since when: by its own clock, so that those of other hosts do not matter."""
     since = time.strftime("%H:%M:%S", time.localtime(beat["since"]))
     waiting = f", waiting for the others ({beat['collective']})" if beat["waiting"] else ""
-    return f"rank {beat['rank']} on {beat['host']}, in step {beat['step']} ({beat['phase']} since {since}{waiting}),"
+    return f"rank {beat['rank']} on {beat['host']}, {heard}in step {beat['step']} ({beat['phase']} since {since}{waiting}),"

@@ -56,7 +56,7 @@ def beat(rank: int, step: int = 12, beat: int = 5, **facts) -> dict:
         ([beat(0, beat=9), beat(1)], [1], "rank 1 on node1, in step 12 (forward since "),
         ([beat(0, step=11), beat(1, beat=1), beat(2)], [0], "rank 0 on node0, in step 11"),
         ([beat(0, waiting=True), beat(1)], [1], "is late"),
-        ([beat(0), beat(1, beat=9, age=31.0)], [1], "rank 1 on node1, in step 12 (forward since "),
+        ([beat(0), beat(1, beat=9, age=31.0)], [1], "rank 1 on node1, last heard of in step 12 (forward since "),
         ([beat(0), beat(1, age=31.0), beat(2, age=31.0)], [1, 2], "shows no sign of life for 31 s"),
         ([beat(0, beat=1), beat(1, exit_code=1, reason="broke {so}")], [1], "has ended (broke {so})"),
         ([beat(0), beat(2)], [1], "rank 1 never wrote a heartbeat"),
@@ -134,7 +134,7 @@ def test_a_stopped_rank_is_named(ranks):
     screen = first.communicate(timeout=30)[0]
     assert first.returncode == HANG and 1.0 < time.monotonic() - begun < 3.0 + 5.0
     [line, stacks] = [line for line in screen.splitlines() if line]
-    assert line.startswith("bigtrain: no progress for 3 s: rank 1 on ") and ", in step 5 (forward since " in line
+    assert line.startswith("bigtrain: no progress for 3 s: rank 1 on ") and ", last heard of in step 5 (forward since " in line
     assert (
         "shows no sign of life for " in line
         and "; the run is in step " in line

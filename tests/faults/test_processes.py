@@ -124,12 +124,13 @@ def test_a_stopped_rank_is_named_in_time(story):
     [line] = [line for line in story.screen.splitlines() if line.startswith("bigtrain: no progress for 6 s: ")]
     host = re.escape(socket.gethostname())
     assert re.search(
-        rf": rank 1 on {host}, in step \d+ \((data|agree|forward|backward|optimizer|save) since .*shows no sign of life for", line
+        rf": rank 1 on {host}, last heard of in step \d+ \((data|agree|forward|backward|optimizer|save) since .*shows no sign of life for",
+        line,
     )
     hang, record = read_json(story.run.hang(2)), attempt_of(story.run, 2)
     assert hang["late"] == [1] and f"bigtrain: {hang['reason']}" == line
     assert (record["exit_code"], record["reason"]) == (76, hang["reason"])
-    assert "train_step" in story.run.log(2, 0).read_text()  # where rank 0 waited
+    assert "in run_rank" in story.run.log(2, 0).read_text()  # where rank 0 waited
     assert "with exit code 76 in step " in story.after_the_end and hang["reason"] in story.after_the_end
 
 
