@@ -89,7 +89,7 @@ def train(
         os._exit(code)  # gloo's threads outlive the interpreter now and then, and abort the process after it has ended well
 
     from bigtrain.start import complete, create, new_name, open_run, with_data
-    from bigtrain_launch import local
+    from bigtrain_launch.supervise import supervise
 
     _prepare(source.config.data)
     settled = with_data(new_name(source.config) if new else source.config)
@@ -103,7 +103,7 @@ def train(
     ranks = hardware.ranks(settled, here)
     environment = hardware.HOST_MEMORY if here.kind == "cpu" and "GLIBC_TUNABLES" not in os.environ else {}
     threads = max(1, here.cores // ranks)
-    raise typer.Exit(local.launch(arguments, ranks, port=settled.launch.port, environment=environment, threads=threads))
+    raise typer.Exit(supervise(arguments, ranks, start.run, settled, environment=environment, threads=threads))
 
 
 @app.command()
@@ -161,6 +161,16 @@ def report(
     from bigtrain.report import write_report
 
     print(write_report(runs, out))
+
+
+@app.command()
+def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
+    """Say what happened to a run, to which rank, at which step, and what to do; also while it trains."""
+    from rich.console import Console
+
+    from bigtrain_launch.diagnose import examine, show
+
+    show(examine(run), Console(highlight=False))
 
 
 @config_app.command("show")

@@ -8,6 +8,9 @@
         attempts/1/attempt.json         who ran, when, how it ended
         attempts/1/environment.json     versions, hardware, git commit, DeepSpeed config
         attempts/1/logs/rank-00000.log  everything that the rank, torch and DeepSpeed printed
+        attempts/1/heartbeat/rank-00000.json  what the rank does, written every second; at last how it ended
+        attempts/1/hang.json            after a hang: which rank was late, and where all of them were
+        lease.json                      who trains the run now; see lease.py
         tensorboard/  report.html  .lock
 
 An attempt is one start of the run's processes; a resumed run has several. Rows are only ever appended, so a step that
@@ -20,8 +23,12 @@ import errno
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any, TextIO
+
+OWNER = "BIGTRAIN_OWNER"
+"""Variable in which a supervisor tells its ranks the token by which they know the lease of an earlier attempt as their own."""
 
 
 class RunFolder:
@@ -35,6 +42,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report.html"
+        self.lease = self.path / "lease.json"
 
     @property
     def name(self) -> str:
@@ -75,15 +83,73 @@ class RunFolder:
     def log(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / "logs" / f"rank-{rank:05d}.log"
 
+    def hang(self, attempt: int) -> Path:
+        return self.attempt(attempt) / "hang.json"
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file whole: a reader, or a crash, sees the old text or the new one."""
+    def record(self, attempt: int) -> Path:
+        return self.attempt(attempt) / "attempt.json"
+
+    def end_attempt(self, number: int, code: int, reason: str, restart: bool, facts: dict[str, Any], replace: bool = False) -> None:
+        """Complete the record of an attempt; one that is complete is left alone, unless `replace`. Raises OSError.
+
+        `restart` says that starting again may help: a crash, and no end that the run itself has decided on.
+        """
+        known = read_json(self.record(number))
+        if "ended" in known and not replace:
+            return
+        end = {"ended": known.get("ended", time.time()), "exit_code": code, "reason": reason, "restart": restart}
+        write_atomically(self.record(number), json.dumps(known | facts | end, indent=1))
+
+    def heartbeat(self, attempt: int, rank: int) -> Path:
+        return self.attempt(attempt) / "heartbeat" / f"rank-{rank:05d}.json"
+
+    def heartbeats(self, attempt: int, now: float) -> list[dict[str, Any]]:
+        """The newest heartbeat of every rank that has written one, with its `age` in seconds at the time `now` of the file system."""
+        found = []
+        for path in sorted(self.heartbeat(attempt, 0).parent.glob("rank-*.json")):
+            if beat := read_json(path):
+                found.append(beat | {"age": max(0.0, now - path.stat().st_mtime)})
+        return found
+
+
+def machine() -> str:
+    """Tells this machine, as it was booted, and this container from all others; "" where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def process_start(pid: int) -> str | None:
+    """When process `pid` of this machine began: with the id it names one process, since ids are used again. None: it has ended."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else rest[18]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small file of the run as a mapping; empty when it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_atomically(path: Path, text: str, durable: bool = True) -> None:
+    """Replace a small file whole: a reader, or a crash, sees the old text or the new one. Raises OSError.
+
+    Not `durable`: the loss of power may lose it; nothing waits for the disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

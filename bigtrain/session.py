@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -23,13 +24,15 @@ from bigtrain.config import Batch, Config, batch_arithmetic
 from bigtrain.deepspeed_config import derive
 from bigtrain.errors import DONE, FAILURE, STOPPED, AlreadyDone, BigtrainError, RunError, UserError
 from bigtrain.hardware import Hardware, choose_precision
+from bigtrain.lease import Lease
 from bigtrain.logs import RankOutput
 from bigtrain.metrics import peak_memory_gib, peak_tflops
 from bigtrain.ranks import launched
-from bigtrain.runfolder import RunFolder, write_atomically
+from bigtrain.runfolder import OWNER, RunFolder, write_atomically
 from bigtrain.screen import Screen
 from bigtrain.start import complete, create, new_name, open_run, with_data
 from bigtrain.trackers import Trackers
+from bigtrain.watchdog import Pulse, Watchdog, patience
 from bigtrain.world import World
 from bigtrain_kernels.ops import Backends
 
@@ -38,17 +41,22 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
     """Train as one rank of a run and return the exit code. What went wrong is on the screen, and in the rank's log."""
     screen = Screen(output.screen)
     attempt: Attempt | None = None
+    watchdog: Watchdog | None = None
     variables = launched(os.environ)
     rank, alone = int(variables["RANK"]) if variables else 0, True
-    code, reason = DONE, "done"
+    code, reason, restart, lost = DONE, "done", False, False
+    pulse = Pulse()
     try:
-        world = World.join("cpu" if hardware.kind == "cpu" else "cuda", config.launch.timeout)
+        world = World.join("cpu" if hardware.kind == "cpu" else "cuda", patience(max(config.launch.timeout, config.launch.lease)), pulse)
         rank, alone = world.rank, False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # until the trainer answers them
             signal.signal(number, signal.default_int_handler)
-        config, attempt, checkpoints = _decide(config, world, new)
+        config, attempt, checkpoints = _decide(config, world, new, output.screen)
         output.attach(attempt.run.log(attempt.number, rank))
-        _train(config, hardware, world, attempt, checkpoints, screen)
+        run, number, timeout = attempt.run, attempt.number, config.launch.timeout
+        watchdog = Watchdog(run, number, rank, world.size, pulse, timeout, output.screen, attempt.lease)
+        watchdog.start()
+        _train(config, hardware, world, attempt, checkpoints, screen, pulse)
     except BigtrainError as error:
         code, reason = error.code, str(error)
         if rank == 0 or (alone and isinstance(error, RunError)):  # else rank 0 says the same
@@ -61,7 +69,8 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
             screen.close()
             output.screen.write(f"bigtrain: {reason}\n")
     except Exception as error:  # a bug, or a fault of torch or DeepSpeed: the whole story is in the log
-        code, reason = FAILURE, _lost(error) or f"{type(error).__name__}: {error}"
+        lost, restart = _lost(error), True
+        code, reason = FAILURE, LOST if lost else f"{type(error).__name__}: {error}"
         traceback.print_exc()
         where = attempt.run.log(attempt.number, rank) if attempt else "above"
         screen.close()
@@ -69,19 +78,22 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         output.screen.write(f"bigtrain: rank {rank} failed: {reason.splitlines()[0][:300]}\nbigtrain: the whole story: {where}\n")
     finally:
         screen.close()
+        if watchdog:
+            watchdog.close(code, reason, restart, lost)
         if attempt and rank == 0:
-            attempt.end(code, reason)
+            attempt.end(code, reason, restart)
             if code == DONE:
                 _report(attempt.run, output.screen)
         output.screen.flush()
     return code
 
 
-def _lost(error: Exception) -> str | None:
-    """What to say where a collective failed: the fault is elsewhere, and gloo's own text sends nobody there."""
-    if isinstance(error, dist.DistBackendError) or "/gloo/" in str(error):
-        return "the connection to another rank broke; that one, or the launcher, says why"
-    return None
+LOST = "the connection to another rank broke; that one, or the launcher, says why"
+
+
+def _lost(error: Exception) -> bool:
+    """Whether a collective failed: the fault is elsewhere, and gloo's own text sends nobody there."""
+    return isinstance(error, dist.DistBackendError) or "/gloo/" in str(error)
 
 
 def _report(run: RunFolder, screen: TextIO) -> None:
@@ -96,29 +108,33 @@ def _report(run: RunFolder, screen: TextIO) -> None:
 class Attempt:
     """The record of one start of the run's processes; rank 0 writes it."""
 
-    def __init__(self, run: RunFolder, number: int, lock: TextIO | None = None):
+    def __init__(self, run: RunFolder, number: int, lease: Lease | None = None):
         self.run, self.number = run, number
-        self._lock = lock  # open for as long as this record: no other process trains the run
-        self._facts: dict[str, Any] = {"attempt": number}
+        self.lease = lease  # rank 0's: no other process trains the run
+        self.facts: dict[str, Any] = {}  # what is known at the end only
 
     def begin(self, ranks: int) -> None:
-        self._facts |= {"host": socket.gethostname(), "pid": os.getpid(), "ranks": ranks, "started": time.time()}
-        self._write("attempt.json", self._facts)
+        facts = {"attempt": self.number, "host": socket.gethostname(), "pid": os.getpid(), "ranks": ranks, "started": time.time()}
+        self._try(lambda: write_atomically(self.run.record(self.number), json.dumps(facts, indent=1)))
 
     def environment(self, facts: dict[str, Any]) -> None:
-        self._write("environment.json", facts)
+        self._try(lambda: write_atomically(self.run.attempt(self.number) / "environment.json", json.dumps(facts, indent=1)))
 
-    def end(self, code: int, reason: str) -> None:
-        self._write("attempt.json", self._facts | {"ended": time.time(), "exit_code": code, "reason": reason})
+    def end(self, code: int, reason: str, restart: bool) -> None:
+        """Say how the attempt ended, if nobody has (the rank that found a hang), and give the run back."""
+        self._try(lambda: self.run.end_attempt(self.number, code, reason, restart, self.facts))
+        if self.lease:
+            self._try(self.lease.close)
 
-    def _write(self, name: str, facts: dict[str, Any]) -> None:
+    @staticmethod
+    def _try(action: Callable[[], None]) -> None:
         try:
-            write_atomically(self.run.attempt(self.number) / name, json.dumps(facts, indent=1))
+            action()
         except OSError as error:  # a record is not worth a run
-            print(f"bigtrain: {name} not written: {error}", file=sys.stderr)
+            print(f"bigtrain: a record of the attempt was not written: {error}", file=sys.stderr)
 
 
-def _decide(config: Config, world: World, new: bool) -> tuple[Config, Attempt, list[Path]]:
+def _decide(config: Config, world: World, new: bool, screen: TextIO) -> tuple[Config, Attempt, list[Path]]:
     """Rank 0 looks at the data and the run's folder; all ranks get its config, its attempt, and the run's checkpoints."""
     decision: dict[str, Any] = {}
     attempt: Attempt | None = None
@@ -128,8 +144,8 @@ def _decide(config: Config, world: World, new: bool) -> tuple[Config, Attempt, l
             start = open_run(config)
             if start.done:
                 raise AlreadyDone(complete(start))
-            lock = create(config, start.run)
-            attempt = Attempt(start.run, start.run.start_attempt(), lock)
+            lease = create(config, start.run, os.environ.get(OWNER), lambda text: print(f"bigtrain: {text}", file=screen, flush=True))
+            attempt = Attempt(start.run, lease.start(), lease)
             attempt.begin(world.size)
             decision = {
                 "config": config.model_dump(),
@@ -149,7 +165,9 @@ def _decide(config: Config, world: World, new: bool) -> tuple[Config, Attempt, l
     return config, attempt or Attempt(run, decision["attempt"]), [Path(path) for path in decision["checkpoints"]]
 
 
-def _train(config: Config, hardware: Hardware, world: World, attempt: Attempt, checkpoints: list[Path], screen: Screen) -> None:
+def _train(
+    config: Config, hardware: Hardware, world: World, attempt: Attempt, checkpoints: list[Path], screen: Screen, pulse: Pulse
+) -> None:
     from bigtrain.checkpoint.load import newest_sound
     from bigtrain.train import Report, Trainer  # imports DeepSpeed, noisily: the log must be attached before
 
@@ -165,7 +183,8 @@ def _train(config: Config, hardware: Hardware, world: World, attempt: Attempt, c
         trackers = Trackers(config.tracking, attempt.run, attempt.number, config.model_dump(), screen.warn)
     try:
         report = OnScreen(screen, trackers, config.train.steps, config.train.log_every) if trackers else Report()
-        trainer = Trainer(config, batch, precision, peak, world, attempt.run, report)
+        guard = {"guard": attempt.lease.check} if attempt.lease else {}
+        trainer = Trainer(config, batch, precision, peak, world, attempt.run, report, pulse=pulse, **guard)
         checkpoint = newest_sound(checkpoints, world, report.warn)
         parameters = trainer.engine.module.count_parameters()
         if trackers:
@@ -180,7 +199,7 @@ def _train(config: Config, hardware: Hardware, world: World, attempt: Attempt, c
         trainer.train()
         memory = max(world.gather(peak_memory_gib(world.device)))
         if trackers:
-            attempt._facts["peak_memory_gib"] = memory
+            attempt.facts["peak_memory_gib"] = memory
     finally:
         if trackers:
             trackers.close()

@@ -6,10 +6,10 @@ when another launcher started it.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from bigtrain import configfile
 from bigtrain.checkpoint import format
@@ -17,6 +17,7 @@ from bigtrain.config import MAY_DIFFER_ON_RESUME, Config, differences
 from bigtrain.data import tokenizer as tokenizers
 from bigtrain.data.shards import TOKENIZER, TokenStore
 from bigtrain.errors import RunError, UserError
+from bigtrain.lease import Lease
 from bigtrain.runfolder import RunFolder, write_atomically
 
 VOCAB_MULTIPLE = 64  # rows of the embedding: a multiple of the tensor cores' tile
@@ -139,26 +140,16 @@ def complete(start: Start) -> str:
     return f"{start.run.path} is complete at step {step}; look at {start.run.report}, or pass --new to train again beside it"
 
 
-def create(config: Config, run: RunFolder) -> TextIO:
+def create(config: Config, run: RunFolder, owner: str | None = None, say: Callable[[str], None] = print) -> Lease:
     """Make the run's folder, or freshen its config: a resumed run may differ in what does not change the numbers.
 
-    No other process can train the run until the file that this returns is closed. Raises UserError when one does already,
-    and when the folder cannot be written.
+    No other process can train the run until the lease that this returns is closed; `owner` and `say` are as for Lease.take.
+    Raises UserError when one does already, and when the folder cannot be written.
     """
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        lock = run.lock()
-        if lock is None:
-            raise UserError(f"{run.path}: another process is training this run{_who(run)}; wait for it, stop it, or pass --new")
+        lease = Lease.take(run, config.launch.lease, owner, say)
         write_atomically(run.config, configfile.dump(config))
     except OSError as error:
         raise UserError(f"run.folder: {run.path} cannot be written ({error.strerror}); set another folder, or make room") from None
-    return lock
-
-
-def _who(run: RunFolder) -> str:
-    try:
-        facts = json.loads((run.attempt(run.attempts()[-1]) / "attempt.json").read_text(encoding="utf-8"))
-        return f" (process {facts['pid']} on {facts['host']})"
-    except (OSError, LookupError, ValueError):
-        return ""
+    return lease

@@ -38,6 +38,7 @@ from bigtrain.progress import Progress
 from bigtrain.runfolder import RunFolder
 from bigtrain.schedule import learning_rate_share
 from bigtrain.tasks import make_task
+from bigtrain.watchdog import Pulse
 from bigtrain.world import World
 from bigtrain_kernels.ops import resolve_backends
 
@@ -64,8 +65,8 @@ class Step:
 class Trainer:
     """A run on this rank. `peak` is what all devices together can multiply, in TFLOP/s, which MFU divides by.
 
-    `report` gets what rank 0 shows and keeps; the other ranks pass a bare `Report`, which drops it. `guard` raises RunError when
-    this run may not write checkpoints any more.
+    `report` gets what rank 0 shows and keeps; the other ranks pass a bare `Report`, which drops it. `pulse` is told what this
+    rank does. `guard` raises RunError when this process may not commit checkpoints any more.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class Trainer:
         world: World,
         run: RunFolder,
         report: Report,
+        *,
+        pulse: Pulse | None = None,
         guard: Callable[[], None] = lambda: None,
     ):
-        self.peak = peak
+        self.peak, self.pulse = peak, pulse or Pulse()
         self.config, self.batch, self.precision, self.world, self.run, self.report = config, batch, precision, world, run, report
         store = TokenStore(config.data.folder, "train")
         self.data = store.manifest.fingerprint
@@ -124,6 +127,7 @@ class Trainer:
             with closing(self.loader.steps(progress.position)) as batches:
                 while progress.step < config.train.steps:
                     started = time.perf_counter()
+                    self.pulse("data", progress.step + 1, progress.position)
                     micro_batches, position = next(batches)
                     self.unlogged = self.train_step(micro_batches, started)
                     progress.step, progress.position, self.evaluated = progress.step + 1, position, {}
@@ -152,12 +156,15 @@ class Trainer:
         for batch in micro_batches:
             if losses and self.hurried:
                 self.stop_if_asked(f"in the middle of step {self.progress.step + 1}, which was given up")
+            self.pulse("forward")
             torch.manual_seed(_seed(self.config.train.seed, batch["first_position"]))
             loss, _ = self.task.loss(self.engine, to_device(batch, self.world.device))
+            self.pulse("backward")
             self.engine.backward(loss / tokens)
             losses.append(loss.detach())
         loss_sum = Deferred(torch.stack(losses).sum())
         share = learning_rate_share(self.config, self.progress.step)
+        self.pulse("optimizer")
         grad_norm, applied = self.engine.step(share, self.progress.largest_norm(self.config.train.spike))
         skipped = []
         if applied:
@@ -173,6 +180,7 @@ class Trainer:
         """The one small all-reduce of a step: target tokens of the global batch, the loss and time of the step before, whether a
         checkpoint could not be written, and whether any rank was asked to stop, in which case every rank saves and raises
         StopRequested."""
+        self.pulse("agree")
         before = self.unlogged
         mine = [
             tokens,
@@ -274,11 +282,12 @@ class Trainer:
         """Evaluate on the held-out split and write samples. Returns whether early stopping says that it is enough."""
         with self.engine.evaluating() as model:
             batches = evaluation_batches(self.held_out, self.task, self.config, self.batch, self.world.rank)
-            metrics = evaluate(model, self.task, batches, self.world.device, self.world.sum)
+            metrics = evaluate(model, self.task, self.pulse.each("evaluate", batches), self.world.device, self.world.sum)
             samples = []
             for prompt in self.config.generate.prompts:
                 pieces = generate(model, self.tokenizer, prompt, self.config.generate, self.world.device)
-                samples.append({"step": self.progress.step, "prompt": prompt, "text": "".join(pieces)})
+                text = "".join(self.pulse.each("generate", pieces))
+                samples.append({"step": self.progress.step, "prompt": prompt, "text": text})
         self.report.evaluation({"step": self.progress.step, **metrics}, samples)
         self.evaluated = metrics
         stopping, progress = self.config.train.early_stopping, self.progress
@@ -298,6 +307,7 @@ class Trainer:
 
         Raises RunError on all ranks when it cannot be written.
         """
+        self.pulse("save")
         self.finish_saving()
         if self.saved != self.progress.step:
             self.saver.write(self.progress.step, self.partitions, self._state(done), self._files())
@@ -306,6 +316,7 @@ class Trainer:
     def save_on_the_way(self) -> None:
         """Begin, or with checkpoint.asynchronous: false make, a checkpoint of this moment. One that cannot be written is a warning,
         unless checkpoint.on_error says stop."""
+        self.pulse("save")
         self.finish_saving()
         write = self.saver.start if self.config.checkpoint.asynchronous else self.saver.write
         try:
@@ -349,6 +360,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of this run. Raises UserError when model, data or batch are not what it was made with."""
+        self.pulse("resume")
         reader = Reader(checkpoint)
         check_shapes(checkpoint, reader.index, self.shapes)
         state = format.read_state(checkpoint)

@@ -12,21 +12,24 @@ import torch.distributed as dist
 
 from bigtrain.errors import RunError, UserError
 from bigtrain.ranks import launched
+from bigtrain.watchdog import Pulse
 
 
 class World:
     """This rank among all: `rank`, `size`, `local_rank`, `device`, and collectives on a gloo group for control.
 
-    Control messages never touch the accelerator, so agreeing on a number waits for no kernel.
+    Control messages never touch the accelerator, so agreeing on a number waits for no kernel. `pulse` is told of each.
     """
 
-    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device, timeout: float):
-        self.rank, self.size, self.local_rank, self.device, self._timeout = rank, size, local_rank, device, timeout
+    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device, timeout: float, pulse: Pulse):
+        self.rank, self.size, self.local_rank, self.device, self.pulse = rank, size, local_rank, device, pulse
+        self._timeout = timeout
         self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     @classmethod
-    def join(cls, accelerator: str, timeout: float) -> World:
-        """Meet the other ranks. `accelerator` is "cpu" or "cuda" (ROCm's torch calls its devices cuda too).
+    def join(cls, accelerator: str, timeout: float, pulse: Pulse | None = None) -> World:
+        """Meet the other ranks. `accelerator` is "cpu" or "cuda" (ROCm's torch calls its devices cuda too). After `timeout`
+        seconds of waiting for the others, now or in a collective, a rank gives up.
 
         Raises UserError when the launcher's variables are incomplete or the port is taken, RunError when ranks stay away.
         """
@@ -53,11 +56,12 @@ class World:
                 ) from None
             first = str(error).splitlines()[0][:200]
             raise RunError(f"rank {rank} of {size} did not meet the others at {address} within {timeout:.0f} s: {first}") from None
-        return cls(rank, size, local_rank, device, timeout)
+        return cls(rank, size, local_rank, device, timeout, pulse or Pulse())
 
     def another(self) -> World:
-        """The same ranks with a control group of their own, for a thread that agrees on things beside this one."""
-        return World(self.rank, self.size, self.local_rank, self.device, self._timeout)
+        """The same ranks with a control group of their own, for a thread that agrees on things beside this one, and without the
+        pulse: what that thread does says nothing of training."""
+        return World(self.rank, self.size, self.local_rank, self.device, self._timeout, Pulse())
 
     @property
     def first(self) -> bool:
@@ -66,32 +70,36 @@ class World:
     def sum(self, values: list[float]) -> list[float]:
         """Sum each value over all ranks, in float64 (exact for counts below 2^53)."""
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self._control)
+        with self.pulse.meeting("sum"):
+            dist.all_reduce(total, group=self._control)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (JSON types), by rank, on all ranks."""
         payload = _encode(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([payload.numel()]), group=self._control)
-        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-        padded[: payload.numel()] = payload
-        received = [torch.zeros_like(padded) for _ in range(self.size)]
-        dist.all_gather(received, padded, group=self._control)
+        with self.pulse.meeting("gather"):
+            dist.all_gather(sizes, torch.tensor([payload.numel()]), group=self._control)
+            padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+            padded[: payload.numel()] = payload
+            received = [torch.zeros_like(padded) for _ in range(self.size)]
+            dist.all_gather(received, padded, group=self._control)
         return [_decode(r[: int(n)]) for r, n in zip(received, sizes, strict=True)]
 
     def from_first(self, value: Any = None) -> Any:
         """Rank 0's `value` (JSON types) on all ranks."""
         payload = _encode(value if self.first else None)
         size = torch.tensor([payload.numel()])
-        dist.broadcast(size, 0, group=self._control)
-        if not self.first:
-            payload = torch.zeros(int(size), dtype=torch.uint8)
-        dist.broadcast(payload, 0, group=self._control)
+        with self.pulse.meeting("broadcast"):
+            dist.broadcast(size, 0, group=self._control)
+            if not self.first:
+                payload = torch.zeros(int(size), dtype=torch.uint8)
+            dist.broadcast(payload, 0, group=self._control)
         return _decode(payload)
 
     def barrier(self) -> None:
-        dist.barrier(group=self._control)
+        with self.pulse.meeting("barrier"):
+            dist.barrier(group=self._control)
 
     def leave(self) -> None:
         if dist.is_initialized():

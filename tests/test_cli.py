@@ -20,6 +20,7 @@ COMMANDS = [
     ["evaluate"],
     ["generate"],
     ["report"],
+    ["diagnose"],
     ["config"],
     ["config", "show"],
     ["config", "schema"],

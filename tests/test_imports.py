@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"__init__", "errors"},
     {"config", "configschema", "configfile", "runfolder"},
-    {"hardware", "opbuild", "ranks", "logs", "world", "schedule", "metrics", "deepspeed_config", "data"},
+    {"hardware", "opbuild", "ranks", "logs", "lease", "watchdog", "world", "schedule", "metrics", "deepspeed_config", "data"},
     {"model", "optim"},
     {"tasks"},
     {"engine"},
@@ -40,6 +40,8 @@ WITHOUT_TORCH = {
     "configschema",
     "configfile",
     "runfolder",
+    "lease",
+    "watchdog",
     "hardware",
     "opbuild",
     "ranks",

@@ -48,6 +48,7 @@ SAYS = {
     "bigtrain train configs/quickstart.yaml --new optimizer.lr=1e-3": "report: runs/quickstart-2/report.html",
     "bigtrain train configs/finetune/quickstart.yaml": "report: runs/finetune/report.html",
     "bigtrain config show configs/pretrain/llama-70b.yaml": "stage: 3",
+    "bigtrain diagnose runs/quickstart": "What to do: nothing; the run is complete",
     "bigtrain data prepare configs/quickstart.yaml": "validation:",
     "torchrun --nproc-per-node 2 -m bigtrain train configs/quickstart.yaml": "is complete at step",
     "deepspeed --num_gpus 2 --no_local_rank --module bigtrain train configs/quickstart.yaml": "is complete at step",

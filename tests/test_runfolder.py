@@ -2,11 +2,12 @@
 
 import json
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bigtrain.runfolder import RunFolder, latest_rows, read_rows, write_atomically
+from bigtrain.runfolder import RunFolder, latest_rows, process_start, read_json, read_rows, write_atomically
 
 
 def test_rows_end_at_newlines_only(tmp_path):
@@ -42,6 +43,28 @@ def test_attempts_never_share_a_number(tmp_path):
     (run.path / "attempts" / "notes").mkdir()
     assert run.attempts() == list(range(1, 17)) and run.start_attempt() == 17
     assert run.log(17, 3) == run.path / "attempts/17/logs/rank-00003.log" and run.log(17, 3).parent.is_dir()
+
+
+def test_the_record_of_an_attempt_is_completed_once(tmp_path):
+    run = RunFolder(tmp_path / "r")
+    run.start_attempt()
+    run.record(1).write_text('{"host": "node0"}')
+    run.end_attempt(1, 76, "a hang", restart=True, facts={"peak": 1})
+    run.end_attempt(1, 1, "lost another rank", restart=False, facts={})
+    known = read_json(run.record(1))
+    ended = known.pop("ended")
+    assert known == {"host": "node0", "peak": 1, "exit_code": 76, "reason": "a hang", "restart": True}
+    run.end_attempt(1, 78, "twice", restart=True, facts={}, replace=True)
+    assert read_json(run.record(1)) == known | {"exit_code": 78, "reason": "twice", "ended": ended}
+
+
+def test_processes_are_told_apart():
+    assert process_start(os.getpid()) == process_start(os.getpid()) != process_start(1)
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process_start(child.pid) is None  # a zombie has ended
+    child.wait()
+    assert process_start(child.pid) is None
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bigtrain import session
+from bigtrain import runfolder, session
 from bigtrain.config import Config
 from bigtrain.errors import RunError, StopRequested, UserError
 from bigtrain.runfolder import RunFolder
@@ -47,8 +47,8 @@ def ended(tmp_path, monkeypatch):
         attempt = session.Attempt(folder, folder.start_attempt())
         for name, value in {"RANK": rank, "WORLD_SIZE": 2, **environment}.items():
             monkeypatch.setenv(name, str(value)) if value is not None else monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(session.World, "join", join or (lambda accelerator, timeout: SimpleNamespace(rank=rank)))
-        monkeypatch.setattr(session, "_decide", decide or (lambda config, world, new: (config, attempt, None)))
+        monkeypatch.setattr(session.World, "join", join or (lambda accelerator, timeout, pulse: SimpleNamespace(rank=rank, size=2)))
+        monkeypatch.setattr(session, "_decide", decide or (lambda config, world, new, screen: (config, attempt, None)))
         monkeypatch.setattr(session, "_train", lambda *arguments: train())
         monkeypatch.setattr(session, "_report", lambda run, screen: screen.write("report\n"))
         output, record = Output(), folder.attempt(attempt.number) / "attempt.json"
@@ -77,6 +77,7 @@ def test_done(ended):
 def test_errors_of_ours(ended, error, code):
     found, screen, record = ended(fails(error))
     assert (found, screen, record["exit_code"], record["reason"]) == (code, f"bigtrain: {error}\n", code, str(error))
+    assert record["restart"] is False  # it would end so again
     assert ended(fails(error), rank=1) == (code, "", None)
 
 
@@ -84,7 +85,7 @@ def test_a_bug_is_one_line_that_names_the_log(ended, capfd):
     code, screen, record = ended(fails(ZeroDivisionError("first line\nsecond line")))
     assert code == 1 and screen.splitlines()[0] == "bigtrain: rank 0 failed: ZeroDivisionError: first line"
     assert screen.splitlines()[1].startswith("bigtrain: the whole story: ") and screen.endswith("attempts/1/logs/rank-00000.log\n")
-    assert record["reason"] == "ZeroDivisionError: first line\nsecond line" and "Traceback" in capfd.readouterr().err
+    assert record["restart"] and record["reason"] == "ZeroDivisionError: first line\nsecond line" and "Traceback" in capfd.readouterr().err
     assert ended(fails(ZeroDivisionError("x")), rank=1)[1].startswith("bigtrain: rank 1 failed: ")
 
 
@@ -130,5 +131,5 @@ def test_a_bug_before_there_is_a_log_is_shown_whole(ended):
 
 
 def test_a_record_that_cannot_be_written_does_not_end_the_run(ended, monkeypatch, capfd):
-    monkeypatch.setattr(session, "write_atomically", fails(OSError(28, "No space left on device")))
-    assert ended(lambda: None) == (0, "report\n", None) and "attempt.json not written" in capfd.readouterr().err
+    monkeypatch.setattr(runfolder, "write_atomically", fails(OSError(28, "No space left on device")))
+    assert ended(lambda: None) == (0, "report\n", None) and "a record of the attempt was not written" in capfd.readouterr().err

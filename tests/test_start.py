@@ -225,10 +225,10 @@ def test_two_starts_of_one_run(config):
     with create(config(), run):
         with pytest.raises(UserError, match=r"runs/r: another process is training this run; wait for it, stop it, or pass --new$"):
             create(config(), run)
-        folder = run.attempt(run.start_attempt())
-        (folder / "attempt.json").write_text('{"pid": 77, "host": "node3"}')
-        with pytest.raises(UserError, match=r"this run \(process 77 on node3\);"):
+        run.lease.write_text('{"attempt": 4, "pid": 77, "host": "node3", "since": 0}')
+        with pytest.raises(UserError, match=r"this run \(attempt 4, process 77 on node3, since 19[67].*\);"):
             create(config(), run)
+    run.lease.unlink()
     create(config(), run).close()
 
 

@@ -12,17 +12,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from bigtrain.errors import DONE, FAILURE, STOPPED, USER_MISTAKE, UserError
+from bigtrain.errors import DONE, FAILURE, HANG, STOPPED, USER_MISTAKE, UserError
 
 GRACE_SECONDS = 10.0  # for the other ranks after one has failed, and once more between SIGTERM and SIGKILL
+HANG_SECONDS = 2.0  # for the other ranks' last words after one has found a hang; who does not answer now never will
 POLL_SECONDS = 0.05
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 
 
-def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Mapping[str, str], threads: int | None) -> int:
-    """Run `python -m bigtrain *argv` as `ranks` processes on this machine and return their common exit code.
+@dataclass(frozen=True)
+class End:
+    """How the ranks of one start have ended, all together."""
+
+    code: int
+    """Their common exit code."""
+    rank: int | None = None
+    """The rank that it comes from, None where all are done."""
+    killed_by: int | None = None
+    """The signal that killed that rank."""
+    asked: bool = False
+    """A signal had asked the ranks to stop."""
+
+
+def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Mapping[str, str], threads: int | None) -> End:
+    """Run `python -m bigtrain *argv` as `ranks` processes on this machine and return how they ended.
 
     port: where the ranks meet, left out: a free one. environment: variables on top of this process's own, for example
     DS_ACCELERATOR=cpu. threads: OMP_NUM_THREADS of a rank, left out: this process's cores shared out; a variable that
@@ -30,8 +46,8 @@ def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Ma
     when the thread that started them ends.
 
     SIGINT and SIGTERM go to every rank once, and their end is waited for; a second Ctrl-C kills them. The exit code is 2
-    where any rank found a user's mistake, else that of the rank that failed first (a death by signal counts as 1), else
-    0. Raises UserError when the port is taken.
+    where any rank found a user's mistake, else 76 where one found a hang, else that of the rank that failed first (a death
+    by signal counts as 1), else 0. Raises UserError when the port is taken.
     """
     shared = {
         **os.environ,
@@ -43,7 +59,7 @@ def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Ma
     }
     shared.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
     command = [sys.executable, "-m", "bigtrain", *argv]
-    with _Signals() as signals:
+    with Signals() as signals:
         processes: list[subprocess.Popen] = []
         try:
             for rank in range(ranks):
@@ -90,12 +106,13 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _wait(processes: list[subprocess.Popen], signals: _Signals) -> int:
-    """Wait until every rank has ended. After a failure the others get GRACE_SECONDS, then SIGTERM, then SIGKILL."""
+def _wait(processes: list[subprocess.Popen], signals: Signals) -> End:
+    """Wait until every rank has ended. After a failure the others get GRACE_SECONDS, then SIGTERM, then SIGKILL; after a hang
+    only HANG_SECONDS, then SIGKILL: a rank that is stopped would not even see the SIGTERM."""
     running = dict(enumerate(processes))
     ended: list[tuple[int, int]] = []
     forwarded = None  # the signal that asked the ranks to stop
-    deadline, terminated = math.inf, False
+    deadline, terminated, hanging = math.inf, False, False
     while running:
         for rank, process in list(running.items()):
             if process.poll() is not None:
@@ -103,7 +120,9 @@ def _wait(processes: list[subprocess.Popen], signals: _Signals) -> int:
                 # A rank that was still starting dies of the signal: that is a stop too, there is nothing to save.
                 code = STOPPED if forwarded and process.returncode == -forwarded else process.returncode
                 ended.append((rank, code))
-                if process.returncode not in (DONE, STOPPED):
+                if process.returncode == HANG:
+                    deadline, hanging = min(deadline, time.monotonic() + HANG_SECONDS), True
+                elif process.returncode not in (DONE, STOPPED):
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         for number in signals.take():
             if forwarded is None:
@@ -111,40 +130,47 @@ def _wait(processes: list[subprocess.Popen], signals: _Signals) -> int:
                 for process in running.values():
                     process.send_signal(number)
                 if number == signal.SIGINT:
-                    _say("asked the ranks to save and stop; Ctrl-C again kills them")
+                    say("asked the ranks to save and stop; Ctrl-C again kills them")
             elif number == signal.SIGINT:
-                _say("killing the ranks")
-                return FAILURE
+                say("killing the ranks")
+                return End(FAILURE, asked=True)
         if running and time.monotonic() > deadline:
-            if terminated:
-                _say(f"killing rank {', '.join(map(str, running))}: still running {2 * GRACE_SECONDS:.0f} s after another had failed")
+            if terminated or hanging:
+                seconds = HANG_SECONDS if hanging else 2 * GRACE_SECONDS
+                say(f"killing rank {', '.join(map(str, running))}: still running {seconds:.0f} s after another had failed")
                 break
             for process in running.values():
                 process.terminate()
             deadline, terminated = time.monotonic() + GRACE_SECONDS, True
         time.sleep(POLL_SECONDS)
-    return outcome(ended)
+    return outcome(ended, asked=forwarded is not None)
 
 
-def outcome(ended: Sequence[tuple[int, int]]) -> int:
-    """The exit code that means most, of (rank, return code) in the order in which the ranks ended."""
+def outcome(ended: Sequence[tuple[int, int]], asked: bool) -> End:
+    """The end that means most, of (rank, return code) in the order in which the ranks ended."""
     failed = [(rank, code) for rank, code in ended if code != DONE]
     if not failed:
-        return DONE
-    rank, code = next(((r, c) for r, c in failed if c == USER_MISTAKE), failed[0])
+        return End(DONE, asked=asked)
+    # Whoever loses another rank may be seen to end before it; SIGTERM may be our own.
+    kinds = (lambda c: c == USER_MISTAKE), (lambda c: c == HANG), (lambda c: c < 0 and c != -signal.SIGTERM), (lambda c: True)
+    rank, code = next((r, c) for kind in kinds for r, c in failed if kind(c))
     if code < 0:
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        _say(f"rank {rank} was killed by {signal.Signals(-code).name}{hint}")
-        return FAILURE
-    if code != STOPPED and rank != 0:  # rank 0 has the screen and has said so itself
-        _say(f"rank {rank} ended with exit code {code}; its log is rank-{rank:05d}.log in the run's newest attempts/*/logs")
-    return code
+        say(f"rank {rank} {killed_by(-code)}")
+        return End(FAILURE, rank, -code, asked)
+    if code not in (STOPPED, HANG) and rank != 0:  # rank 0 has the screen and has said so itself, and so has who found a hang
+        say(f"rank {rank} ended with exit code {code}; its log is rank-{rank:05d}.log in the run's newest attempts/*/logs")
+    return End(code, rank, asked=asked)
 
 
-class _Signals:
+def killed_by(number: int) -> str:
+    """A death by signal in words."""
+    return f"was killed by {signal.Signals(number).name}{' (out of memory?)' if number == signal.SIGKILL else ''}"
+
+
+class Signals:
     """Collects the signals to pass on while it is entered; those that were ignored before (nohup) stay ignored."""
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         self._arrived: list[int] = []
         self._before = {n: signal.getsignal(n) for n in FORWARDED if signal.getsignal(n) is not signal.SIG_IGN}
         for number in self._before:
@@ -188,5 +214,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
     print(f"bigtrain: {text}", file=sys.stderr, flush=True)

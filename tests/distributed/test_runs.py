@@ -26,7 +26,7 @@ from training import config, prepare_data, tensors
 from bigtrain import configfile, opbuild
 from bigtrain.checkpoint import format
 from bigtrain.cli import app
-from bigtrain.runfolder import RunFolder, latest_rows, read_rows
+from bigtrain.runfolder import RunFolder, latest_rows, read_json, read_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
@@ -130,7 +130,7 @@ def test_the_folder_is_as_promised(straight):
     assert found == {".lock", "config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "attempts", "report.html"}
     assert [p.name for p in format.checkpoints(straight.checkpoints)] == ["step-00000020", "step-00000030"]
     assert straight.attempts() == [1]
-    assert {p.name for p in straight.attempt(1).iterdir()} == {"attempt.json", "environment.json", "logs"}
+    assert {p.name for p in straight.attempt(1).iterdir()} == {"attempt.json", "environment.json", "heartbeat", "logs"}
     assert sorted(p.name for p in (straight.attempt(1) / "logs").iterdir()) == ["rank-00000.log", "rank-00001.log"]
     for checkpoint in format.checkpoints(straight.checkpoints):
         format.verify(checkpoint)
@@ -155,8 +155,11 @@ def test_its_rows(straight):
 
 def test_its_record(straight):
     ended = attempt_of(straight, 1)
-    assert (ended["exit_code"], ended["reason"], ended["ranks"]) == (0, "done", 2)
+    assert (ended["exit_code"], ended["reason"], ended["ranks"], ended["restart"]) == (0, "done", 2, False)
     assert ended["started"] < ended["ended"] and ended["host"] and ended["pid"] and ended["peak_memory_gib"] > 0.05
+    for rank in (0, 1):
+        last = read_json(straight.heartbeat(1, rank))
+        assert (last["step"], last["position"], last["collective"], last["exit_code"]) == (30, 232, "gather", 0)
     environment = json.loads((straight.attempt(1) / "environment.json").read_text())
     assert environment["batch"] == {"global_batch": 8, "micro_batch": 2, "accumulation": 2, "ranks": 2}
     assert environment["deepspeed_config"]["train_batch_size"] == 8 and environment["precision"] == "fp32"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.errors import FAILURE, STOPPED, USER_MISTAKE, UserError
+from bigtrain.errors import FAILURE, HANG, STOPPED, USER_MISTAKE, UserError
 from bigtrain_launch import local
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def ranks(tmp_path, monkeypatch):
     def run(script: str, n: int = 2, *, port=None, environment=None, threads=None) -> int:
         prelude = "import json, os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
         (tmp_path / "bigtrain/__main__.py").write_text(prelude + script)
-        return local.launch(["train", "x"], n, port=port, environment=environment or {}, threads=threads)
+        return local.launch(["train", "x"], n, port=port, environment=environment or {}, threads=threads).code
 
     return run
 
@@ -81,10 +81,26 @@ def test_a_port_in_use_is_the_users_mistake(ranks):
         ([(0, 0), (1, STOPPED)], STOPPED),
         ([(1, 1), (0, STOPPED)], 1),
         ([(1, -signal.SIGSEGV), (0, 3)], FAILURE),
+        ([(0, 1), (1, HANG)], HANG),
     ],
 )
 def test_the_exit_code_that_means_most(ended, code):
-    assert local.outcome(ended) == code
+    assert local.outcome(ended, asked=False).code == code
+
+
+def test_who_lost_another_rank_is_not_blamed():
+    """A poll may find the one that lost the connection before the one that was killed."""
+    assert local.outcome([(0, 1), (1, -signal.SIGKILL)], asked=False) == local.End(FAILURE, 1, signal.SIGKILL, asked=False)
+    assert local.outcome([(0, 5), (1, -signal.SIGTERM)], asked=False).rank == 0  # that one was our own
+    assert local.outcome([(0, STOPPED)], asked=True).asked
+
+
+def test_a_stopped_rank_is_killed_soon_after_a_hang(ranks, capfd, monkeypatch):
+    monkeypatch.setattr(local, "GRACE_SECONDS", 60)
+    monkeypatch.setattr(local, "HANG_SECONDS", 0.2)
+    start = time.monotonic()
+    assert ranks(f"if rank == 0: time.sleep(0.3); sys.exit({HANG})\nos.kill(os.getpid(), signal.SIGSTOP)") == HANG
+    assert time.monotonic() - start < 20 and "killing rank 1: still running 0 s after" in capfd.readouterr().err
 
 
 def test_a_killed_rank_is_named(ranks, capfd):
@@ -112,7 +128,7 @@ def test_a_rank_that_stops_on_request_does_not_hurry_the_others(ranks, tmp_path)
     assert (tmp_path / "saved").exists()
 
 
-LAUNCHER = "import sys; from bigtrain_launch import local; sys.exit(local.launch([], 2, port=None, environment={}, threads=1))"
+LAUNCHER = "import sys; from bigtrain_launch import local; sys.exit(local.launch([], 2, port=None, environment={}, threads=1).code)"
 COUNT_SIGNALS = """
 import os, signal, sys, time
 rank = os.environ['RANK']
