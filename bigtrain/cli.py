@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bigtrain.errors import BigtrainError, UserError
+from bigtrain.secrets import redact
 
 
 class _Commands(TyperGroup):
@@ -22,7 +23,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except BigtrainError as error:
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks found the same
-                print(f"bigtrain: {error}", file=sys.stderr)
+                print(f"bigtrain: {redact(str(error))}", file=sys.stderr)
             raise typer.Exit(error.code) from None
 
 

@@ -22,9 +22,10 @@ from typing import Any, ClassVar
 
 import yaml
 
-from bigtrain.config import Config
+from bigtrain.config import Config, flat
 from bigtrain.configschema import Key, is_section, short, validate
 from bigtrain.errors import UserError
+from bigtrain.secrets import kinds
 
 COMMAND_LINE = "command line"
 
@@ -42,7 +43,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Source:
     for override in overrides:
         values = _merge(values, reader.override(override))
     config, refused = validate(values, reader.complete)
-    for key, text in refused:
+    for key, text in [*refused, *(_secrets(config) if config else [])]:
         reader.problem(_where(reader.origins, key) or str(file), key, text)
     if reader.problems or config is None:
         raise _user_error(file, reader.problems)
@@ -288,6 +289,14 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _filled(values: dict[str, Any]) -> dict[str, Any]:
     """A section with nothing in it (`zero:`) is an empty mapping, not a null."""
     return {name: {} if value is None and is_section(name) else value for name, value in values.items()}
+
+
+def _secrets(config: Config) -> Iterable[tuple[Key, str]]:
+    """Keys whose values hold a secret. The config is copied into the run's folder, where none may stand, to be compared on resuming."""
+    for key, value in flat(config.model_dump()).items():
+        if found := kinds("\n".join(map(str, value)) if isinstance(value, list) else str(value)):
+            text = f"holds a secret ({found[0]}), and is copied into the run's folder; take it out, keep secrets in the environment"
+            yield tuple(key.split(".")), text
 
 
 # ---- Messages ----

@@ -28,6 +28,7 @@ from bigtrain.metrics import peak_memory_gib, peak_tflops
 from bigtrain.ranks import launched
 from bigtrain.runfolder import RunFolder, write_atomically
 from bigtrain.screen import Screen
+from bigtrain.secrets import redact, redacted
 from bigtrain.start import complete, create, new_name, open_run, with_data
 from bigtrain.trackers import Trackers
 from bigtrain.world import World
@@ -47,13 +48,13 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # until the trainer answers them
             signal.signal(number, signal.default_int_handler)
         config, attempt, checkpoint = _decide(config, world, new)
-        output.attach(attempt.run.log(attempt.number, rank))
+        output.attach(attempt.run.log(attempt.number, rank), screen.warn if rank == 0 else None)
         _train(config, hardware, world, attempt, checkpoint, screen)
     except BigtrainError as error:
         code, reason = error.code, str(error)
         if rank == 0 or (alone and isinstance(error, RunError)):  # else rank 0 says the same
             screen.close()
-            output.screen.write(f"bigtrain: {reason}\n")
+            output.screen.write(f"bigtrain: {redact(reason)}\n")
         print(f"bigtrain: {reason}", file=sys.stderr)
     except KeyboardInterrupt:
         code, reason = STOPPED, "stopped on request before the first step; the same command starts again"
@@ -66,7 +67,7 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         where = attempt.run.log(attempt.number, rank) if attempt else "above"
         screen.close()
         output.screen.write(output.unlogged())
-        output.screen.write(f"bigtrain: rank {rank} failed: {reason.splitlines()[0][:300]}\nbigtrain: the whole story: {where}\n")
+        output.screen.write(f"bigtrain: rank {rank} failed: {redact(reason).splitlines()[0][:300]}\nbigtrain: the whole story: {where}\n")
     finally:
         screen.close()
         if attempt and rank == 0:
@@ -113,7 +114,7 @@ class Attempt:
 
     def _write(self, name: str, facts: dict[str, Any]) -> None:
         try:
-            write_atomically(self.run.attempt(self.number) / name, json.dumps(facts, indent=1))
+            write_atomically(self.run.attempt(self.number) / name, json.dumps(redacted(facts), indent=1))
         except OSError as error:  # a record is not worth a run
             print(f"bigtrain: {name} not written: {error}", file=sys.stderr)
 
@@ -242,7 +243,7 @@ def _environment(
 
 def _git_commit() -> str | None:
     try:
-        described = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        described = ["git", "describe", "--always", "--dirty", "--abbrev=16", "--exclude=*"]
         return subprocess.run(described, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
