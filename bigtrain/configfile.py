@@ -28,6 +28,7 @@ from bigtrain.errors import UserError
 from bigtrain.secrets import kinds
 
 COMMAND_LINE = "command line"
+_LARGEST_FILE = 1 << 20  # bytes; a config has a few thousand, and YAML is read at a megabyte in several seconds
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -35,9 +36,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return read(path, overrides).config
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Source:
-    """As `load`, together with where each value was set."""
-    reader = _Reader()
+def load_saved(path: str | Path) -> Config:
+    """Read what `dump` wrote, of a run or a checkpoint that others may have made: as `load`, and an include is refused."""
+    return read(path, alone=True).config
+
+
+def read(path: str | Path, overrides: Sequence[str] = (), alone: bool = False) -> Source:
+    """As `load`, together with where each value was set. `alone`: the file may include no other."""
+    reader = _Reader(alone)
     file = find(path)
     values = reader.file(file)
     for override in overrides:
@@ -100,6 +106,8 @@ def find(path: str | Path, beside: Path = Path()) -> Path:
     if asked.is_dir():
         inside = sorted(p.name for p in asked.glob("*.yaml"))
         raise UserError(f"{asked}: is a folder; name a .yaml file" + (f" in it: {', '.join(inside[:5])}" if inside else ""))
+    if asked.exists() and not asked.is_file():
+        raise UserError(f"{asked}: is a device or a pipe; name a .yaml file")
     if asked.exists():
         return asked
     name = str(path).removeprefix("configs/").removesuffix(".yaml") + ".yaml"
@@ -139,6 +147,14 @@ _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]
 _PLAIN = {"null": r"null|Null|NULL|~|", "bool": r"true|True|TRUE|false|False|FALSE", "int": r"[-+]?(?:0|[1-9][0-9_]*)", "float": _NUMBER}
 
 
+def plain(text: str) -> Any:
+    """What YAML text from others holds, as plain values. Raises ValueError for anything else."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(_yaml_problem(error)[1]) from None
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes text that either YAML version would take for something else."""
 
@@ -160,6 +176,7 @@ def _one_line(value: Any) -> str:
 class _Reader:
     """Values of the files and overrides read so far: where each was set, and what was wrong."""
 
+    alone: bool = False
     origins: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     complete: bool = True
@@ -176,7 +193,12 @@ class _Reader:
             return {}
         includes = [(name, value) for name, value in node.value if name.value == "include"]
         merged: dict[str, Any] = {}
-        for _, value in includes[:1]:
+        for name, value in includes[:1]:
+            if self.alone:
+                self.problem(
+                    f"{path}:{name.start_mark.line + 1}", ("include",), "the config of a run or checkpoint includes nothing; remove it"
+                )
+                break
             for included in self._include(value, path, (*including, path)):
                 merged = _merge(merged, included)
         for name, _ in includes[1:]:
@@ -187,6 +209,9 @@ class _Reader:
     def _compose(self, path: Path) -> yaml.MappingNode | None:
         """The file's mapping; None, and a problem, where there is none."""
         try:
+            if path.stat().st_size > _LARGEST_FILE:
+                self.problem(str(path), (), f"is larger than {_LARGEST_FILE >> 20} MiB: no config")
+                return None
             node = yaml.compose(path.read_bytes().decode("utf-8-sig"), _Loader)
         except OSError as error:
             self.problem(str(path), (), f"cannot be read: {error.strerror}")

@@ -9,15 +9,20 @@ from typing import Any
 
 
 def read(path: Path) -> Any:
-    """What a JSON file holds. Raises OSError for one that cannot be read or is a device or a pipe, which a read could wait on for
-    ever, and ValueError, with one line of text, for anything but strict JSON: no key twice, no NaN, no endless nesting."""
+    """What a JSON file holds; raises as `read_text` and `parse` do."""
+    return parse(read_text(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises OSError when it cannot be read, or is a device or a pipe, which a read could wait on for ever, and
+    ValueError when it is not UTF-8."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no regular file", str(path))
-    return parse(path.read_text(encoding="utf-8"))
+    return path.read_text(encoding="utf-8")
 
 
 def parse(text: str) -> Any:
-    """What a JSON text holds; raises as `read` does."""
+    """What a JSON text holds. Raises ValueError for anything but strict JSON: no key twice, no NaN, no endless nesting."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError:
