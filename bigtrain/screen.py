@@ -38,7 +38,7 @@ class Screen:
 
     def header(self, facts: dict[str, Any]) -> None:
         """What the run is, as labels and values."""
-        self._out.header({label: _printable(value) for label, value in facts.items()})
+        self._out.header({label: printable(value) for label, value in facts.items()})
 
     def update(self, step: int, total: int, row: Row | None) -> None:
         """The step just done, and the newest training row there is (see metrics.jsonl), None before the first."""
@@ -58,16 +58,16 @@ class Screen:
 
     def sample(self, prompt: str, text: str) -> None:
         """What the model wrote after a prompt."""
-        self._out.sample(_printable(prompt), _printable(text))
+        self._out.sample(printable(prompt), printable(text))
 
     def message(self, text: str) -> None:
-        self._out.line(_printable(text), "")
+        self._out.line(printable(text), "")
 
     def warn(self, text: str) -> None:
         """A warning, shown once however often it is given."""
         if text not in self._warned:
             self._warned.add(text)
-            self._out.line(_printable(f"warning: {text}"), "yellow")
+            self._out.line(printable(f"warning: {text}"), "yellow")
 
     def close(self) -> None:
         """Show the last step and leave the terminal as it was found."""
@@ -173,8 +173,8 @@ class _Terminal:
             self._bar = None
 
 
-def _printable(value: Any) -> str:
-    """Text whose control characters cannot reach the terminal: a model may well write an escape sequence."""
+def printable(value: Any) -> str:
+    """Text whose control characters and secrets cannot reach the terminal: a model may well write an escape sequence."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in redact(str(value)))
 
 

@@ -27,8 +27,8 @@ from bigtrain.logs import RankOutput
 from bigtrain.metrics import peak_memory_gib, peak_tflops
 from bigtrain.ranks import launched
 from bigtrain.runfolder import RunFolder, write_atomically
-from bigtrain.screen import Screen
-from bigtrain.secrets import redact, redacted
+from bigtrain.screen import Screen, printable
+from bigtrain.secrets import redacted
 from bigtrain.start import complete, create, new_name, open_run, with_data
 from bigtrain.trackers import Trackers
 from bigtrain.world import World
@@ -54,7 +54,7 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         code, reason = error.code, str(error)
         if rank == 0 or isinstance(error, DamagedData) or (alone and isinstance(error, RunError)):  # else rank 0 says the same
             screen.close()
-            output.screen.write(f"bigtrain: {redact(reason)}\n")
+            output.screen.write(f"bigtrain: {printable(reason)}\n")
         print(f"bigtrain: {reason}", file=sys.stderr)
     except KeyboardInterrupt:
         code, reason = STOPPED, "stopped on request before the first step; the same command starts again"
@@ -67,7 +67,9 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         where = attempt.run.log(attempt.number, rank) if attempt else "above"
         screen.close()
         output.screen.write(output.unlogged())
-        output.screen.write(f"bigtrain: rank {rank} failed: {redact(reason).splitlines()[0][:300]}\nbigtrain: the whole story: {where}\n")
+        output.screen.write(
+            f"bigtrain: rank {rank} failed: {printable(reason).splitlines()[0][:300]}\nbigtrain: the whole story: {where}\n"
+        )
     finally:
         screen.close()
         if attempt and rank == 0:

@@ -102,6 +102,8 @@ class Manifest(Section):
         path = Path(folder) / MANIFEST
         try:
             stored = jsonfile.read(path)
+            if not isinstance(stored, dict):
+                raise ValueError("it holds no JSON object")
             fingerprint = stored.pop("fingerprint")
             if stored["format"] != 1:
                 raise UserError(
@@ -110,7 +112,7 @@ class Manifest(Section):
             manifest = cls.model_validate(stored)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: no prepared data in {folder}; prepare it first, or set data.folder") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # ValidationError is a ValueError
+        except (OSError, ValueError, KeyError) as error:  # ValidationError is a ValueError
             reason = _first(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {str(error)[:200]}"
             raise UserError(f"{path}: damaged ({reason}); remove the folder and prepare the data again") from None
         if fingerprint != manifest.fingerprint:
