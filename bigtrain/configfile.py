@@ -12,16 +12,16 @@ Every key remembers where it was set, so a message can name the line and `bigtra
 from __future__ import annotations
 
 import difflib
-import re
 import site
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
+from bigtrain import plainyaml
 from bigtrain.config import Config, flat
 from bigtrain.configschema import Key, is_section, short, validate
 from bigtrain.errors import UserError
@@ -90,7 +90,7 @@ def dump(config: Config, origins: dict[Key, str] | None = None) -> str:
                 write(value, key)
             else:
                 origin = origins.get(key) if origins else None
-                line += f" {_one_line(value)}"
+                line += f" {plainyaml.one_line(value)}"
                 lines.append(f"{line:<40}  # {origin}" if origin else line)
 
     write(config.model_dump(), ())
@@ -124,52 +124,6 @@ def shipped_folders() -> list[Path]:
     """Where this installation keeps its configs: the checkout, or what pip installed for everyone or for this user."""
     installed = [Path(base) / "share/bigtrain/configs" for base in (sys.prefix, site.getuserbase())]
     return [folder for folder in [Path(__file__).parents[1] / "configs", *installed] if folder.is_dir()]
-
-
-# ---- YAML ----
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values by the rules of YAML 1.2: 1e-4 is a number, `off` and `2024-01-01` are text. No aliases, no tags."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported; use include", problem_mark=event.start_mark)
-        if event.tag is not None:
-            raise yaml.MarkedYAMLError(problem=f"the tag {event.tag} is not supported; write a plain value", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-
-_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-_PLAIN = {"null": r"null|Null|NULL|~|", "bool": r"true|True|TRUE|false|False|FALSE", "int": r"[-+]?(?:0|[1-9][0-9_]*)", "float": _NUMBER}
-
-
-def plain(text: str) -> Any:
-    """What YAML text from others holds, as plain values. Raises ValueError for anything else."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(_yaml_problem(error)[1]) from None
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either YAML version would take for something else."""
-
-
-for _name, _pattern in _PLAIN.items():
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), None)
-_Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-)
-
-
-def _one_line(value: Any) -> str:
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 @dataclass
@@ -212,13 +166,13 @@ class _Reader:
             if path.stat().st_size > _LARGEST_FILE:
                 self.problem(str(path), (), f"is larger than {_LARGEST_FILE >> 20} MiB: no config")
                 return None
-            node = yaml.compose(path.read_bytes().decode("utf-8-sig"), _Loader)
+            node = yaml.compose(path.read_bytes().decode("utf-8-sig"), plainyaml.Loader)
         except OSError as error:
             self.problem(str(path), (), f"cannot be read: {error.strerror}")
         except UnicodeDecodeError as error:
             self.problem(str(path), (), f"is not UTF-8 text (byte {error.start}); save it as UTF-8")
         except (yaml.YAMLError, RecursionError) as error:
-            where, text = _yaml_problem(error)
+            where, text = plainyaml.problem(error)
             self.problem(f"{path}:{where}" if where else str(path), (), text)
         else:
             if isinstance(node, yaml.MappingNode):
@@ -254,9 +208,9 @@ class _Reader:
             self.problem(COMMAND_LINE, (), f"expected section.key=value, found {text!r}")
             return {}
         try:
-            node = yaml.compose(value, _Loader)
+            node = yaml.compose(value, plainyaml.Loader)
         except (yaml.YAMLError, RecursionError) as error:
-            self.problem(COMMAND_LINE, key, f"{_yaml_problem(error)[1]}, in {value!r}; quote text as '\"...\"'")
+            self.problem(COMMAND_LINE, key, f"{plainyaml.problem(error)[1]}, in {value!r}; quote text as '\"...\"'")
             return {}
         for length in range(1, len(key)):
             self.origins.setdefault(key[:length], COMMAND_LINE)
@@ -291,15 +245,6 @@ class _Reader:
             return yaml.constructor.SafeConstructor().construct_object(node)
         except ValueError:
             return node.value  # an integer of over 4300 digits; validation refuses it as text
-
-
-def _yaml_problem(error: Exception) -> tuple[int | None, str]:
-    """(line or None, text) of what the YAML parser refused."""
-    mark = getattr(error, "problem_mark", None)
-    text = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
-    if "'\\t'" in text:
-        text += " (indent with spaces, not tabs)"
-    return (mark.line + 1 if mark else None), f"is not valid YAML: {text}"
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

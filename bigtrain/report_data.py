@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtrain import configfile, jsonfile
+from bigtrain import jsonfile, plainyaml
 from bigtrain.errors import UserError
 from bigtrain.runfolder import RunFolder, latest_rows, read_rows
 
@@ -59,7 +59,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         if not path.is_file():  # a read of a pipe would wait for ever
             return {}
         text = path.read_text(encoding="utf-8", errors="replace")
-        found = jsonfile.parse(text) if path.suffix == ".json" else configfile.plain(text)
+        found = jsonfile.parse(text) if path.suffix == ".json" else plainyaml.load(text)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -5,6 +5,9 @@ import ast
 from pathlib import Path
 
 import pytest
+import yaml
+
+from bigtrain import plainyaml
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
@@ -23,7 +26,7 @@ NAMES = {
     *(f"torch.distributed.checkpoint.state_dict_loader.{name}" for name in ("load", "load_state_dict")),
     *("torch.serialization.add_safe_globals", "torch.hub.load", "torch.package.PackageImporter", "torch.jit.load"),
 }  # fmt: skip
-SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader"}
+SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader", "bigtrain.plainyaml.Loader"}
 EXTRACT = {"extractall", "extract"}
 
 
@@ -101,6 +104,10 @@ def _call(node: ast.Call, name: str, safe: set[str], names: dict[str, str], prob
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_nothing_banned(file):
     assert found(file.read_text()) == []
+
+
+def test_our_loader_is_a_safe_one():
+    assert issubclass(plainyaml.Loader, yaml.SafeLoader) and plainyaml.Loader.yaml_constructors == yaml.SafeLoader.yaml_constructors
 
 
 def test_the_files_are_all_there():

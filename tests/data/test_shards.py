@@ -11,13 +11,6 @@ from bigtrain.data.shards import Manifest, TokenStore
 from bigtrain.errors import DamagedData, UserError
 
 
-def verify(store):
-    one = Check(store, 0, 1)
-    one.start()
-    one.wait()
-    one.refuse()
-
-
 def test_reads_cross_the_borders_of_shards(store):
     """Every read equals the slice of the whole, which is put together here from the files as the format defines them."""
     names = sorted(p.name for p in store.folder.glob("train-*.tokens"))
@@ -54,7 +47,7 @@ def test_a_missing_or_short_file_is_named(store):
 
 
 @pytest.mark.parametrize("file", ["train-00001.tokens", "train-00000.bytes", "validation.documents"])
-def test_verify_finds_a_flipped_bit(store, file):
+def test_a_flipped_bit_is_found(store, verify, file):
     verify(store)
     raw = bytearray((store.folder / file).read_bytes())
     raw[5] ^= 1
