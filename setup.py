@@ -36,6 +36,7 @@ setup(
         "datasets>=3",
         "tokenizers>=0.21",
         "safetensors>=0.5",
+        "xxhash>=3",
         "numpy>=1.26",
         "triton>=3.6; platform_system == 'Linux'",
         "pydantic>=2.12",

@@ -32,7 +32,7 @@ _settings = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_m
 app = typer.Typer(cls=_Commands, help="Train transformers, from a laptop without a GPU to many nodes.", **_settings)
 config_app = typer.Typer(help="Show a config, its schema, or what it becomes for DeepSpeed.", **_settings)
 data_app = typer.Typer(help="Turn text into shards of tokens.", **_settings)
-checkpoint_app = typer.Typer(help="List and verify the checkpoints of a run.", **_settings)
+checkpoint_app = typer.Typer(help="List, verify, compare and prune the checkpoints of a run.", **_settings)
 ops_app = typer.Typer(help="Build DeepSpeed's C++ ops.", **_settings)
 for name, group in (("config", config_app), ("data", data_app), ("checkpoint", checkpoint_app), ("ops", ops_app)):
     app.add_typer(group, name=name)
@@ -216,28 +216,99 @@ def data_prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @checkpoint_app.command("list")
 def checkpoint_list(run: RunPath) -> None:
-    """Checkpoints of a run, oldest first: step, size, path."""
+    """Checkpoints of a run, oldest first: step, size, what the evaluation at that step found, path."""
     from bigtrain.checkpoint import format
+    from bigtrain.errors import RunError
 
-    found = format.checkpoints(run / "checkpoints")
-    if not found:
-        raise UserError(f"{run}: no checkpoints here; give a run folder")
-    for path in found:
+    for path in _checkpoints(run):
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        print(f"step {format.step_of(path):>8}  {size / 2**20:10,.1f} MiB  {path}")
+        try:
+            metrics = "  ".join(f"{name} {value:.4g}" for name, value in format.read_state(path).metrics.items())
+        except RunError as error:
+            metrics = f"damaged: {error}"
+        print(f"step {format.step_of(path):>8}  {size / 2**20:10,.1f} MiB  {path}  {metrics}".rstrip())
 
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(run: RunPath) -> None:
     """Compare every file of a run's checkpoints, or of one, with the checksums written beside it."""
     from bigtrain.checkpoint import format
+    from bigtrain.errors import RunError
 
-    found = [run] if (run / "manifest.json").is_file() else format.checkpoints(run / "checkpoints")
+    damaged = []
+    for path in _checkpoints(run):
+        try:
+            format.verify(path)
+            format.read_index(path)
+            format.read_state(path)
+            print(f"ok  {path}")
+        except RunError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise RunError("\nbigtrain: ".join(damaged))
+
+
+@checkpoint_app.command("diff")
+def checkpoint_diff(
+    one: RunPath,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another run folder or checkpoint.")],
+    rows: Annotated[int, typer.Option(min=1, help="Tensors to show, those that differ most first.")] = 20,
+) -> None:
+    """Which tensors differ between two checkpoints, and by how much."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bigtrain.checkpoint.compare import differences
+    from bigtrain.checkpoint.format import find
+
+    pair = find(one), find(other)
+    found = sorted(differences(*pair), key=lambda d: -1.0 if d.relative is None else -d.relative)
+    if not found:
+        print(f"equal, bit for bit: {pair[0]} and {pair[1]}")
+        return
+    table = Table(title=f"{pair[0]} and {pair[1]}: {len(found)} tensors differ", title_justify="left")
+    for column in ("tensor", "kind"):
+        table.add_column(column, overflow="fold")
+    for column in ("elements", "largest difference", "relative (L2)"):
+        table.add_column(column, justify="right")
+    for d in found[:rows]:
+        numbers = ("only one has it, or the shapes differ", "") if d.largest is None else (f"{d.largest:.3g}", f"{d.relative or 0:.3g}")
+        table.add_row(d.parameter, d.kind, f"{d.elements:,}", *numbers)
+    Console().print(table)
+    if len(found) > rows:
+        print(f"and {len(found) - rows} more; --rows shows them")
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    run: RunPath, dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False
+) -> None:
+    """Remove the checkpoints that the run's config does not keep; never the newest two that are sound."""
+    from bigtrain import configfile
+    from bigtrain.checkpoint.retention import Kept
+    from bigtrain.runfolder import RunFolder
+
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        raise UserError(f"{run}: not a run folder (there is no config.yaml in it); give one")
+    _checkpoints(run)
+    removed, damaged = Kept(folder.checkpoints, configfile.load(folder.config).checkpoint).prune(dry_run)
+    for problem in damaged.values():
+        print(f"damaged, and left there: {problem}")
+    for path in removed:
+        print(f"{'would remove' if dry_run else 'removed'}  {path}")
+    if not removed:
+        print("nothing to remove")
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run's folder, or the one that `run` is."""
+    from bigtrain.checkpoint import format
+
+    found = [run] if (run / format.MANIFEST).is_file() else format.checkpoints(run / "checkpoints")
     if not found:
         raise UserError(f"{run}: no checkpoints here; give a run folder or a checkpoint")
-    for path in found:
-        format.verify(path)
-        print(f"ok  {path}")
+    return found
 
 
 @ops_app.command("build")

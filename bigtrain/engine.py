@@ -17,7 +17,7 @@ from torch import nn
 
 from bigtrain.config import Batch, Config, Optimizer
 from bigtrain.deepspeed_config import derive
-from bigtrain.optim import parameter_groups
+from bigtrain.optim import freeze, parameter_groups
 from bigtrain.world import World
 
 import deepspeed  # isort: skip  (after torch's own start-up; slow, and noisy on import)
@@ -48,6 +48,7 @@ class Engine:
             _leave_compilers_out()
         _start_collectives(world)
         model = _build(config.zero.stage, settings, world.device, build, initialise)
+        freeze(model, config.train.frozen)
         groups = parameter_groups(model, config.optimizer)
         optimizer = _optimizer(config.optimizer, groups, config.zero.offload_optimizer, world.device.type)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
@@ -79,23 +80,34 @@ class Engine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # only counts the micro-batch
 
-    def step(self, learning_rate_share: float) -> tuple[float, bool]:
-        """Update the weights after the last micro-batch. Returns the gradient's L2 norm before clipping, and whether
-        the update was applied: a norm that is not finite is the same on all ranks and leaves the weights untouched.
+    def step(self, learning_rate_share: float, largest_norm: float = math.inf) -> tuple[float, bool]:
+        """Update the weights after the last micro-batch. Returns the gradient's L2 norm before clipping, and whether the update
+        was applied: with a norm that is not finite, or above `largest_norm`, nothing changes. Every rank finds the same.
         """
         for group in self._base.param_groups:
             group["lr"] = group["lr_base"] * learning_rate_share
         if self._plain:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             norm = float(nn.utils.clip_grad_norm_(parameters, self._config.train.clip or math.inf))
-            if not math.isfinite(norm):
+            if not norm <= largest_norm or math.isinf(norm):
                 self.module.zero_grad(set_to_none=True)
                 return norm, False
-        scale = self.loss_scale if self._unscaled else 1.0
-        self.deepspeed.step()
-        if not self._plain:
-            norm = float(self.deepspeed.get_global_grad_norm()) / scale
-        return norm, not getattr(self.deepspeed.optimizer, "overflow", False)
+            self.deepspeed.step()
+            return norm, True
+        # Where DeepSpeed looks whether the norm is finite, it is told of one that is too large as well. In fp16 it may have
+        # seen an overflow before, and asks nothing.
+        norm = math.inf
+        scale = self.loss_scale or 1.0
+
+        def refused(found: torch.Tensor | float) -> bool:
+            nonlocal norm
+            found = float(found) / scale
+            norm = found if found >= 0 else math.inf  # DeepSpeed's -1: not finite
+            return not norm <= largest_norm or math.isinf(norm)
+
+        with mock.patch.object(sys.modules[type(self.deepspeed.optimizer).__module__], "is_invalid_grad_norm", refused):
+            self.deepspeed.step()
+        return norm, not self.deepspeed.optimizer.overflow
 
     @contextlib.contextmanager
     def evaluating(self):

@@ -51,7 +51,7 @@ def evaluate_run(
     restored = restore(path, kind, device, dtype)
     config: Config = restored.config.model_copy(update={"evaluate": restored.config.evaluate.model_copy(update={"sequences": sequences})})
     store = TokenStore(config.data.folder, "validation")
-    if store.manifest.fingerprint != restored.state["data"]:
+    if store.manifest.fingerprint != restored.state.data:
         raise UserError(f"{config.data.folder}: not the data that {restored.path} was trained on; prepare that again, or set its folder")
     batch = Batch(global_batch=8, micro_batch=8, accumulation=1, ranks=1)
     task = make_task(config, store.manifest.tokenizer)
@@ -62,4 +62,4 @@ def evaluate_run(
             progress(done * batch.micro_batch)
 
     metrics = evaluate(restored.model, task, counted(), device, total=lambda sums: sums)
-    return {"step": restored.state["step"], **metrics}
+    return {"step": restored.state.step, **metrics}

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from typing import Any
 
 from torch import nn
 
 from bigtrain.config import Optimizer
+from bigtrain.errors import UserError
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Exclude the parameters whose names match one of `patterns` (shell style) from training.
+
+    Raises UserError for a pattern that matches none, and when nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = fnmatch.filter(parameters, pattern)
+        if not matching:
+            near = difflib.get_close_matches(pattern, parameters, 1, 0)
+            raise UserError(f"train.frozen: no parameter is called {pattern!r}; this model has {len(parameters)}, such as {near[0]}")
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise UserError("train.frozen: nothing is left to train; leave some parameters out")
 
 
 def parameter_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -47,9 +47,9 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         rank, alone = world.rank, False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # until the trainer answers them
             signal.signal(number, signal.default_int_handler)
-        config, attempt, checkpoint = _decide(config, world, new)
+        config, attempt, checkpoints = _decide(config, world, new)
         output.attach(attempt.run.log(attempt.number, rank), screen.warn if rank == 0 else None)
-        _train(config, hardware, world, attempt, checkpoint, screen)
+        _train(config, hardware, world, attempt, checkpoints, screen)
     except BigtrainError as error:
         code, reason = error.code, str(error)
         if rank == 0 or isinstance(error, DamagedData) or (alone and isinstance(error, RunError)):  # else rank 0 says the same
@@ -121,8 +121,8 @@ class Attempt:
             print(f"bigtrain: {name} not written: {error}", file=sys.stderr)
 
 
-def _decide(config: Config, world: World, new: bool) -> tuple[Config, Attempt, Path | None]:
-    """Rank 0 looks at the data and the run's folder; all ranks get its config, its attempt, and what to resume from."""
+def _decide(config: Config, world: World, new: bool) -> tuple[Config, Attempt, list[Path]]:
+    """Rank 0 looks at the data and the run's folder; all ranks get its config, its attempt, and the run's checkpoints."""
     decision: dict[str, Any] = {}
     attempt: Attempt | None = None
     if world.first:
@@ -137,7 +137,7 @@ def _decide(config: Config, world: World, new: bool) -> tuple[Config, Attempt, P
             decision = {
                 "config": config.model_dump(),
                 "attempt": attempt.number,
-                "checkpoint": str(start.checkpoints[-1]) if start.checkpoints else None,
+                "checkpoints": [str(path) for path in start.checkpoints],
             }
         except BigtrainError as error:
             decision = {"error": str(error), "code": error.code}
@@ -149,11 +149,11 @@ def _decide(config: Config, world: World, new: bool) -> tuple[Config, Attempt, P
         raise kinds[decision["code"]](decision["error"])
     config = Config.model_validate(decision["config"])
     run = RunFolder(Path(config.run.folder) / config.run.name)
-    checkpoint = decision["checkpoint"]
-    return config, attempt or Attempt(run, decision["attempt"]), Path(checkpoint) if checkpoint else None
+    return config, attempt or Attempt(run, decision["attempt"]), [Path(path) for path in decision["checkpoints"]]
 
 
-def _train(config: Config, hardware: Hardware, world: World, attempt: Attempt, checkpoint: Path | None, screen: Screen) -> None:
+def _train(config: Config, hardware: Hardware, world: World, attempt: Attempt, checkpoints: list[Path], screen: Screen) -> None:
+    from bigtrain.checkpoint.load import newest_sound
     from bigtrain.train import Report, Trainer  # imports DeepSpeed, noisily: the log must be attached before
 
     try:
@@ -169,6 +169,7 @@ def _train(config: Config, hardware: Hardware, world: World, attempt: Attempt, c
     try:
         report = OnScreen(screen, trackers, config.train.steps, config.train.log_every) if trackers else Report()
         trainer = Trainer(config, batch, precision, peak, world, attempt.run, report)
+        checkpoint = newest_sound(checkpoints, world, report.warn)
         parameters = trainer.engine.module.count_parameters()
         if trackers:
             facts = _environment(config, batch, hardware, world, precision, precision_reason, parameters, peak, peak_source)
@@ -209,6 +210,9 @@ class OnScreen:
 
     def message(self, text: str) -> None:
         self._screen.message(text)
+
+    def warn(self, text: str) -> None:
+        self._screen.warn(text)
 
 
 def _environment(

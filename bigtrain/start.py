@@ -35,11 +35,10 @@ class Start:
         """The run has reached its end: nothing is left to train."""
         if not self.checkpoints:
             return False
-        path = self.checkpoints[-1] / "state.json"
         try:
-            return bool(format.read_json(path)["done"])
-        except (KeyError, TypeError):
-            raise RunError(f"{path}: damaged; remove its folder, and an earlier checkpoint is used") from None
+            return format.read_state(self.checkpoints[-1]).done
+        except RunError:  # damaged: the ranks will say so, and go on from an earlier one
+            return False
 
 
 def with_data(config: Config) -> Config:

@@ -9,29 +9,32 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigtrain import configfile
+from bigtrain import __version__, configfile
 from bigtrain.checkpoint import format
-from bigtrain.checkpoint.load import Reader, check_shapes, find, load_all, load_weights
-from bigtrain.checkpoint.save import keep_newest, save
+from bigtrain.checkpoint.background import Saver
+from bigtrain.checkpoint.load import Reader, check, check_shapes, find, load_all, load_weights
 from bigtrain.checkpoint.state import link, loss_scaler, partitions, publish
 from bigtrain.config import Batch, Config
 from bigtrain.data.loader import Loader, evaluation_batches
 from bigtrain.data.shards import TokenStore
 from bigtrain.data.tokenizer import load as load_tokenizer
 from bigtrain.engine import Engine
-from bigtrain.errors import RunError, StopRequested, UserError
+from bigtrain.errors import BigtrainError, RunError, StopRequested, UserError
 from bigtrain.evaluate import evaluate, to_device
 from bigtrain.generate import generate
 from bigtrain.metrics import Deferred, peak_memory_gib
 from bigtrain.model.initialise import initial_value
 from bigtrain.model.transformer import Transformer, parameter_shapes
+from bigtrain.progress import Progress
 from bigtrain.runfolder import RunFolder
 from bigtrain.schedule import learning_rate_share
 from bigtrain.tasks import make_task
@@ -39,19 +42,6 @@ from bigtrain.world import World
 from bigtrain_kernels.ops import resolve_backends
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-@dataclass
-class Progress:
-    """Where the run is: all that a checkpoint needs besides tensors, and what early stopping remembers."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    position: int = 0
-    """Sequences consumed, over all epochs."""
-    best_loss: float = math.inf
-    """Lowest validation loss so far."""
-    evaluations_since_best: int = 0
 
 
 @dataclass
@@ -67,15 +57,28 @@ class Step:
     learning_rate: float
     seconds: float
     loss_scale: float | None
+    skipped: list[str]
+    """Where the trouble came from when the step was passed over, see `pass_over`; empty when it was applied."""
 
 
 class Trainer:
     """A run on this rank. `peak` is what all devices together can multiply, in TFLOP/s, which MFU divides by.
 
-    `report` gets what rank 0 shows and keeps; the other ranks pass a bare `Report`, which drops it.
+    `report` gets what rank 0 shows and keeps; the other ranks pass a bare `Report`, which drops it. `guard` raises RunError when
+    this run may not write checkpoints any more.
     """
 
-    def __init__(self, config: Config, batch: Batch, precision: str, peak: float, world: World, run: RunFolder, report: Report):
+    def __init__(
+        self,
+        config: Config,
+        batch: Batch,
+        precision: str,
+        peak: float,
+        world: World,
+        run: RunFolder,
+        report: Report,
+        guard: Callable[[], None] = lambda: None,
+    ):
         self.peak = peak
         self.config, self.batch, self.precision, self.world, self.run, self.report = config, batch, precision, world, run, report
         store = TokenStore(config.data.folder, "train")
@@ -89,9 +92,12 @@ class Trainer:
         self.partitions = partitions(self.engine.deepspeed)
         self.shapes = {n: list(s) for n, s in parameter_shapes(config.model, config.model.vocab_size).items()}
         self.progress = Progress()
-        self.saved: int | None = None  # step of the newest checkpoint that this attempt wrote or resumed from
+        self.saver = Saver(run.checkpoints, self.shapes, config.checkpoint, world.another(), guard)
+        self.saved: int | None = None  # step of the newest checkpoint that this attempt wrote, writes or resumed from
+        self.evaluated: dict[str, float] = {}  # what the newest evaluation found, if it was at this step
         self.flops_per_token = self.engine.module.flops_per_token(config.data.sequence_length)
         self.unlogged: Step | None = None
+        self.step_seconds = 0.0  # how long the step before took, over all ranks
         self.stop: int | None = None  # the signal that asked this rank to stop
         for number in STOP_SIGNALS:
             signal.signal(number, lambda arrived, frame: setattr(self, "stop", arrived))
@@ -114,21 +120,26 @@ class Trainer:
     def train(self) -> None:
         """Train to `train.steps`, or until early stopping. Raises StopRequested after saving when a signal came."""
         config, progress = self.config, self.progress
-        with closing(self.loader.steps(progress.position)) as batches:
-            while progress.step < config.train.steps:
-                started = time.perf_counter()
-                micro_batches, position = next(batches)
-                self.unlogged = self.train_step(micro_batches, started)
-                progress.step, progress.position = progress.step + 1, position
-                last = progress.step == config.train.steps
-                if last or _due(progress.step, config.evaluate.every):
-                    self.finish_step()
-                    last |= self.evaluate()
-                if last or _due(progress.step, config.checkpoint.every):
-                    self.finish_step()
-                    self.save(done=last)
-                if last:
-                    return
+        try:
+            with closing(self.loader.steps(progress.position)) as batches:
+                while progress.step < config.train.steps:
+                    started = time.perf_counter()
+                    micro_batches, position = next(batches)
+                    self.unlogged = self.train_step(micro_batches, started)
+                    progress.step, progress.position, self.evaluated = progress.step + 1, position, {}
+                    last = progress.step == config.train.steps
+                    if last or _due(progress.step, config.evaluate.every):
+                        self.finish_step()
+                        last |= self.evaluate()
+                    if last:
+                        self.finish_step()
+                        return self.save(done=True)
+                    if _due(progress.step, config.checkpoint.every) and not progress.skipped:  # the last good one stays the newest
+                        self.finish_step()
+                        self.save_on_the_way()
+        except BigtrainError:  # all ranks have agreed on it, so a checkpoint that is being written can be finished
+            self.finish_saving()
+            raise
 
     def train_step(self, micro_batches: list[dict[str, Any]], started: float) -> Step:
         """One update of the weights from this rank's part of a global batch.
@@ -139,29 +150,59 @@ class Trainer:
         tokens = self.agree(sum(batch["count"] for batch in micro_batches))
         losses = []
         for batch in micro_batches:
+            if losses and self.hurried:
+                self.stop_if_asked(f"in the middle of step {self.progress.step + 1}, which was given up")
             torch.manual_seed(_seed(self.config.train.seed, batch["first_position"]))
             loss, _ = self.task.loss(self.engine, to_device(batch, self.world.device))
             self.engine.backward(loss / tokens)
             losses.append(loss.detach())
         loss_sum = Deferred(torch.stack(losses).sum())
         share = learning_rate_share(self.config, self.progress.step)
-        grad_norm, applied = self.engine.step(share)
-        if not applied and self.precision != "fp16":  # fp16 skips such steps by design and lowers its loss scale
-            self.refuse(micro_batches, losses, grad_norm)
-        self.follow()
+        grad_norm, applied = self.engine.step(share, self.progress.largest_norm(self.config.train.spike))
+        skipped = []
+        if applied:
+            self.progress.applied(grad_norm)
+            self.follow()
+        elif self.precision != "fp16" or math.isfinite(grad_norm):  # fp16 passes over overflows by design and lowers its loss scale
+            skipped = self.pass_over(micro_batches, losses, grad_norm)
         rate = share * self.config.optimizer.lr
-        return Step(self.progress.step + 1, tokens, loss_sum, grad_norm, rate, time.perf_counter() - started, self.engine.loss_scale)
+        seconds = time.perf_counter() - started
+        return Step(self.progress.step + 1, tokens, loss_sum, grad_norm, rate, seconds, self.engine.loss_scale, skipped)
 
     def agree(self, tokens: int) -> float:
-        """The one small all-reduce of a step: target tokens of the global batch, the loss of the step before, and whether
-        any rank was asked to stop, in which case every rank saves and raises StopRequested."""
-        before = self.unlogged.loss_sum.value() if self.unlogged else 0.0
-        tokens_sum, loss_sum, stops = self.world.sum([tokens, before, self.stop is not None])
+        """The one small all-reduce of a step: target tokens of the global batch, the loss and time of the step before, whether a
+        checkpoint could not be written, and whether any rank was asked to stop, in which case every rank saves and raises
+        StopRequested."""
+        before = self.unlogged
+        mine = [
+            tokens,
+            before.loss_sum.value() if before else 0.0,
+            before.seconds if before else 0.0,
+            self.saver.failed,
+            self.stop is not None,
+        ]
+        tokens_sum, loss_sum, seconds, failed, stops = self.world.sum(mine)
+        self.step_seconds = seconds / self.world.size
         self.log(loss_sum)
+        if failed:
+            self.finish_saving()
         if stops:
-            self.save()
-            raise StopRequested(f"stopped on request after step {self.progress.step}; the same command goes on from there")
+            self.stop_now(f"after step {self.progress.step}")
         return max(1.0, tokens_sum)
+
+    @property
+    def hurried(self) -> bool:
+        """A step takes longer than a scheduler waits between asking and killing: look for a signal after every micro-batch."""
+        return self.config.launch.grace is not None and self.step_seconds > self.config.launch.grace
+
+    def stop_if_asked(self, when: str) -> None:
+        """Stop now if any rank was asked to; one all-reduce."""
+        if self.world.sum([self.stop is not None])[0]:
+            self.stop_now(when)
+
+    def stop_now(self, when: str) -> None:
+        self.save()
+        raise StopRequested(f"stopped on request {when}; the same command goes on from there")
 
     def finish_step(self) -> None:
         """Log the step just done without waiting for the next one to begin."""
@@ -173,7 +214,7 @@ class Trainer:
         if step is None:
             return
         loss = loss_sum / step.tokens
-        if not math.isfinite(loss) and self.precision != "fp16":
+        if not math.isfinite(loss) and not step.skipped and self.precision != "fp16":
             raise RunError(f"step {step.number}: the loss is {loss}; {self._safe()}")
         tokens = self.batch.global_batch * self.config.data.sequence_length
         row = {
@@ -189,6 +230,8 @@ class Trainer:
         }
         if step.loss_scale is not None:
             row["loss_scale"] = step.loss_scale
+        if step.skipped:
+            row["skipped"] = step.skipped
         self.report.step(row)
 
     def follow(self) -> None:
@@ -196,20 +239,32 @@ class Trainer:
         if decay := self.config.train.ema_decay:
             for partition in self.partitions:
                 if "ema" not in partition.extra:
-                    partition.extra["ema"] = partition.master.clone()
-                partition.extra["ema"].lerp_(partition.master, 1 - decay)
+                    partition.extra["ema"] = partition.master.to(torch.float32, copy=True)
+                partition.extra["ema"].lerp_(partition.master.float(), 1 - decay)
 
-    def refuse(self, micro_batches: list[dict[str, Any]], losses: list[torch.Tensor], grad_norm: float) -> None:
-        """Stop the run on a step that was not applied: say on which rank, and from which sequences, the trouble came."""
+    def pass_over(self, micro_batches: list[dict[str, Any]], losses: list[torch.Tensor], grad_norm: float) -> list[str]:
+        """Count a step that was not applied, and say from which ranks and sequences the trouble came.
+
+        Raises RunError on all ranks when it is one more in a row than `train.skip_limit`.
+        """
         mine = [b["first_position"] for b, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(float(loss))]
         found = []
         for rank, positions in enumerate(self.world.gather(mine)):
             for first in positions:
                 found.append(f"rank {rank}, sequences {first} to {first + self.batch.micro_batch - 1}")
-        where = (
-            f"the loss is not finite on {'; '.join(found)}" if found else f"the gradient's norm is {grad_norm} while every loss is finite"
-        )
-        raise RunError(f"step {self.progress.step + 1}: {where}. The step was not applied; {self._safe()}")
+        first, last = self.progress.position, self.progress.position + self.batch.global_batch - 1
+        what = f"the loss is not finite on {'; '.join(found)}"
+        if not found and math.isfinite(grad_norm):
+            what = f"the gradient's norm is {grad_norm:.3g}, usual is {self.progress.norm_average:.3g} (sequences {first} to {last})"
+        elif not found:
+            what = f"the gradient's norm is {grad_norm} while every loss is finite (sequences {first} to {last})"
+        self.progress.skipped += 1
+        step, limit = self.progress.step + 1, self.config.train.skip_limit
+        row = f"The step was not applied: {self.progress.skipped} in a row, train.skip_limit is {limit}"
+        if self.progress.skipped > limit:
+            raise RunError(f"step {step}: {what}. {row}; {self._safe()}")
+        self.report.warn(f"step {step}: {what}. {row}")
+        return found or [f"sequences {first} to {last}"]
 
     def _safe(self) -> str:
         saved = format.checkpoints(self.run.checkpoints)
@@ -225,6 +280,7 @@ class Trainer:
                 pieces = generate(model, self.tokenizer, prompt, self.config.generate, self.world.device)
                 samples.append({"step": self.progress.step, "prompt": prompt, "text": "".join(pieces)})
         self.report.evaluation({"step": self.progress.step, **metrics}, samples)
+        self.evaluated = metrics
         stopping, progress = self.config.train.early_stopping, self.progress
         if metrics["validation_loss"] < progress.best_loss - (stopping.min_delta if stopping else 0.0):
             progress.best_loss, progress.evaluations_since_best = metrics["validation_loss"], 0
@@ -238,51 +294,88 @@ class Trainer:
         return True
 
     def save(self, done: bool = False) -> None:
-        """Write a checkpoint of this moment, if there is none yet, and remove the oldest beyond `checkpoint.keep`.
+        """Write a checkpoint of this moment, if there is none yet, and wait until it is on disk. `done` says that the run ends here.
 
-        `done` says that the run ends here.
+        Raises RunError on all ranks when it cannot be written.
         """
-        if self.saved == self.progress.step:
-            return
+        self.finish_saving()
+        if self.saved != self.progress.step:
+            self.saver.write(self.progress.step, self.partitions, self._state(done), self._files())
+            self.saved = self.progress.step
+
+    def save_on_the_way(self) -> None:
+        """Begin, or with checkpoint.asynchronous: false make, a checkpoint of this moment. One that cannot be written is a warning,
+        unless checkpoint.on_error says stop."""
+        self.finish_saving()
+        write = self.saver.start if self.config.checkpoint.asynchronous else self.saver.write
+        try:
+            write(self.progress.step, self.partitions, self._state(False), self._files())
+            self.saved = self.progress.step
+        except RunError as error:
+            self._not_saved(error)
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written in the background."""
+        try:
+            self.saver.wait()
+        except RunError as error:
+            self._not_saved(error)
+
+    def _not_saved(self, error: RunError) -> None:
+        self.saved = None  # so that a stop writes one
+        if self.config.checkpoint.on_error == "stop":
+            raise error
+        self.report.warn(f"{error}. Training goes on")
+
+    def _state(self, done: bool) -> dict[str, Any]:
         scalars: dict[str, float] = {}
         for partition in self.partitions:
             if partition.pieces:
                 scalars.update(partition.scalars())
         state = {
-            **vars(self.progress),
-            "best_loss": self.progress.best_loss if math.isfinite(self.progress.best_loss) else None,
+            **self.progress.to_json(),
+            "global_batch": self.batch.global_batch,
             "optimizer": scalars,
             "loss_scaler": {key: value for _, key, value in loss_scaler(self.engine.deepspeed)},
+            "metrics": self.evaluated,
             "data": self.data,
             "done": done,
+            "versions": {name: metadata.version(name) for name in ("torch", "deepspeed")} | {"bigtrain": __version__},
         }
-        files = {"config.yaml": configfile.dump(self.config), "tokenizer": self.tokenizer_folder}
-        save(self.run.checkpoints, self.progress.step, self.shapes, self.partitions, state, files, self.world)
-        self.saved = self.progress.step
-        if self.world.first:
-            keep_newest(self.run.checkpoints, self.config.checkpoint.keep)
+        return format.State.model_validate(state).model_dump()
+
+    def _files(self) -> dict[str, str | Path]:
+        return {"config.yaml": configfile.dump(self.config), "tokenizer": self.tokenizer_folder}
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of this run. Raises UserError when model or data are not what it was made with."""
+        """Continue from a checkpoint of this run. Raises UserError when model, data or batch are not what it was made with."""
         reader = Reader(checkpoint)
         check_shapes(checkpoint, reader.index, self.shapes)
-        state = format.read_json(checkpoint / "state.json")
-        if state["data"] != self.data:
+        state = format.read_state(checkpoint)
+        if state.data != self.data:
             raise UserError(
                 f"{self.config.data.folder}: not the data that {checkpoint} was trained on; bring that back, or start a run with --new"
             )
-        load_all(reader, self.partitions, state["optimizer"])
+        if state.global_batch != self.batch.global_batch:
+            raise UserError(
+                f"train.global_batch: the run has {state.global_batch} sequences a step, this start would have {self.batch.global_batch} "
+                f"({self.batch.micro_batch} x {self.batch.accumulation} on {self.batch.ranks} ranks); set train.global_batch="
+                f"{state.global_batch} and leave out train.accumulation, or start a run with --new"
+            )
+        load_all(reader, self.partitions, state.optimizer)
         link(self.engine.deepspeed)
         publish(self.engine.deepspeed)
         for holder, key, _ in loss_scaler(self.engine.deepspeed):
-            setattr(holder, key, type(getattr(holder, key))(state["loss_scaler"][key]))
-        best = math.inf if state["best_loss"] is None else state["best_loss"]
-        self.progress = Progress(state["step"], state["position"], best, state["evaluations_since_best"])
+            setattr(holder, key, type(getattr(holder, key))(state.loss_scaler[key]))
+        self.progress = Progress.of(state)
         self.saved = self.progress.step
 
     def start_from(self, path: Path, kind: str) -> None:
         """Take the weights of another run's checkpoint, with a fresh optimizer (fine-tuning)."""
-        reader = Reader(find(path))
+        checkpoint = find(path)
+        if problem := check(checkpoint, self.world):
+            raise UserError(f"init.checkpoint: {problem}")
+        reader = Reader(checkpoint)
         check_shapes(reader.path, reader.index, self.shapes)
         load_weights(reader, self.partitions, kind)
         publish(self.engine.deepspeed)
@@ -296,6 +389,8 @@ class Report:
     def evaluation(self, row: dict[str, Any], samples: list[dict[str, Any]]) -> None: ...
 
     def message(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -21,7 +21,7 @@ class World:
     """
 
     def __init__(self, rank: int, size: int, local_rank: int, device: torch.device, timeout: float):
-        self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
+        self.rank, self.size, self.local_rank, self.device, self._timeout = rank, size, local_rank, device, timeout
         self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     @classmethod
@@ -54,6 +54,10 @@ class World:
             first = str(error).splitlines()[0][:200]
             raise RunError(f"rank {rank} of {size} did not meet the others at {address} within {timeout:.0f} s: {first}") from None
         return cls(rank, size, local_rank, device, timeout)
+
+    def another(self) -> World:
+        """The same ranks with a control group of their own, for a thread that agrees on things beside this one."""
+        return World(self.rank, self.size, self.local_rank, self.device, self._timeout)
 
     @property
     def first(self) -> bool:

@@ -19,7 +19,7 @@ FLOORS = [
     {"tasks"},
     {"engine"},
     {"checkpoint"},
-    {"start", "evaluate", "generate", "trackers", "screen", "report_data", "report"},
+    {"progress", "start", "evaluate", "generate", "trackers", "screen", "report_data", "report"},
     {"train"},
     {"session"},
     {"cli"},

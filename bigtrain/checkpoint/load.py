@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +17,9 @@ from bigtrain.checkpoint.format import Fragment, Index, find
 from bigtrain.config import Config
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.tokenizer import load as load_tokenizer
-from bigtrain.errors import RunError, UserError
+from bigtrain.errors import BigtrainError, RunError, UserError
 from bigtrain.model.transformer import Transformer
+from bigtrain.world import World
 from bigtrain_kernels.ops import resolve_backends
 
 if TYPE_CHECKING:  # it imports deepspeed, which evaluating and generating do without
@@ -75,6 +77,40 @@ class Reader:
         return stored[start - f.offset : stop - f.offset]
 
 
+def newest_sound(found: list[Path], world: World, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of `found` (oldest first) whose files are what was written; None when `found` is empty.
+
+    All ranks call it with the same list, share the reading, and get the same answer. One that is damaged is passed over, and
+    `warn` is told. Raises RunError when all are: a run that has checkpoints never starts again from nothing.
+    """
+    problems = []
+    for checkpoint in reversed(found):
+        problem = check(checkpoint, world)
+        if problem is None:
+            return checkpoint
+        problems.append(problem)
+        warn(f"{problem}. Passing over {checkpoint.name}")
+    if problems:
+        raise RunError(
+            f"every checkpoint of this run is damaged: {'; '.join(problems)}. Bring one back, or start a new run with --new; "
+            "nothing was changed"
+        )
+    return None
+
+
+def check(checkpoint: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, the same on all ranks, which share the reading; None when nothing is."""
+    problem = None
+    try:
+        format.verify(checkpoint, (world.rank, world.size))
+        if world.first:
+            format.read_index(checkpoint)
+            format.read_state(checkpoint)
+    except BigtrainError as error:
+        problem = str(error)
+    return next(filter(None, world.gather(problem)), None)
+
+
 def check_shapes(checkpoint: Path, index: Index, shapes: dict[str, list[int]]) -> None:
     """Raise UserError with the first differences when the checkpoint is of another model."""
     differ = [
@@ -129,7 +165,7 @@ class Restored:
     config: Config
     model: Transformer
     tokenizer: Tokenizer
-    state: dict[str, Any]
+    state: format.State
 
 
 def restore(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Restored:
@@ -138,6 +174,7 @@ def restore(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> 
     Raises UserError when there is no checkpoint or it has no such weights, RunError when it is damaged.
     """
     checkpoint = find(path)
+    format.verify(checkpoint)
     reader = Reader(checkpoint)
     if kind not in reader.index.kinds:
         raise _no_average(reader)
@@ -153,7 +190,7 @@ def restore(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.tensor(name, kind))
-    state = format.read_json(checkpoint / "state.json")
+    state = format.read_state(checkpoint)
     return Restored(checkpoint, config, model.eval().requires_grad_(False), load_tokenizer(checkpoint / "tokenizer"), state)
 
 

@@ -1,137 +1,208 @@
-"""Writing a checkpoint: every rank its own fragments, rank 0 the rest, and one rename that makes it exist."""
+"""Writing a checkpoint: every rank its own fragments, rank 0 the rest, and one step that makes it exist.
+
+Nothing is gathered but file names and checksums. What is written depends on the state alone, so a checkpoint that was
+written in the background (background.py) has the same bytes as one that training waited for.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import xxhash
 
 from bigtrain.checkpoint import format
 from bigtrain.checkpoint.format import Fragment, Index
+from bigtrain.config import Checkpoint
 from bigtrain.errors import RunError
 from bigtrain.world import World
 
 if TYPE_CHECKING:  # it imports deepspeed
     from bigtrain.checkpoint.state import Partition
 
+Verdict = str | None
+"""What kept a checkpoint from being written, the same on every rank; None when it was."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is to hold: this rank's fragments, and what rank 0 adds."""
+
+    step: int
+    shapes: dict[str, list[int]]
+    """Of every parameter, by name."""
+    fragments: list[tuple[str, str, int, torch.Tensor]]
+    """(parameter, kind, offset in it, elements): flat tensors of any floating dtype, on any device."""
+    state: dict[str, Any]
+    """For state.json."""
+    files: dict[str, str | Path]
+    """Added as they are: name -> text, or a folder to copy."""
+
+
+def fragments(partitions: list[Partition], world: World, copy: Callable = lambda tensor, key: tensor) -> list[tuple]:
+    """`Content.fragments` of this rank. `copy(flat tensor, key)` may give a copy of it, the key being the same every time."""
+    found = []
+    for number, partition in enumerate(partitions):
+        if partition.replicated and number % world.size != world.rank:  # what every rank holds is written by one
+            continue
+        for kind, (tensor, pieces) in partition.tensors().items():
+            kept = copy(tensor, (number, kind))
+            found += [(p.name, kind, p.offset, kept[p.start : p.start + p.length]) for p in pieces]
+    return found
+
 
 def save(
     folder: Path,
-    step: int,
-    shapes: dict[str, list[int]],
-    partitions: list[Partition],
-    state: dict[str, Any],
-    files: dict[str, str | Path],
+    content: Content,
     world: World,
+    rules: Checkpoint | None = None,
+    guard: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write checkpoint `step` into `folder` and return its path. Every rank calls it; nothing is gathered.
+    """Write `content` into `folder` and return the checkpoint's path. Every rank calls it.
 
-    `state` is what goes into state.json. `files` are added as they are: name -> text, or a folder to copy.
-    Raises RunError on every rank when any rank could not write; what was there before stays.
+    `guard` raises RunError when this run may not commit (see lease.py). Raises RunError on every rank when any rank could not
+    write; what was there before stays.
     """
-    final = folder / f"{format.PREFIX}{step:08d}"
-    temporary = folder / f".{final.name}.writing"
-    problem = _attempt(world.first, lambda: _fresh(folder, temporary))
-    _agree(world, problem, temporary, final)
-
-    written: list[Any] = []
-    problem = _attempt(True, lambda: written.extend(_write_rank(temporary, partitions, world)))
-    _agree(world, problem, temporary, final)
-
-    gathered = world.gather(written)
-
-    def commit() -> None:
-        index = Index(shapes, [Fragment(*row) for rows, _ in gathered for row in rows])
-        sums = {name: entry for _, listed in gathered for name, entry in listed.items()}
-        _write(temporary / "index.json", json.dumps(index.to_json()))
-        _write(temporary / "state.json", json.dumps(state, indent=1))
-        for name, content in files.items():
-            if isinstance(content, Path):
-                shutil.copytree(content, temporary / name)
-            else:
-                _write(temporary / name, content)
-        _write(temporary / "manifest.json", json.dumps(format.manifest(temporary, sums), indent=1))
-        for path in [*temporary.rglob("*"), temporary]:
-            if path.name not in sums:  # the ranks have done theirs
-                format.sync(path)
-        if final.exists():  # the same step again, after a resume went back behind it
-            _remove(final)
-        temporary.rename(final)
-        format.sync(folder)
-
-    _agree(world, _attempt(world.first, commit), temporary, final)
+    final = folder / f"{format.PREFIX}{content.step:08d}"
+    if verdict := write(final, content, world, rules or Checkpoint(), guard):
+        raise RunError(verdict)
     return final
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints: renamed first, so that a crash leaves none half deleted."""
-    for old in format.checkpoints(folder)[:-count]:
-        _remove(old)
+def write(final: Path, content: Content, world: World, rules: Checkpoint, guard: Callable[[], None]) -> Verdict:
+    """Write `content` as the checkpoint `final`; the same verdict on every rank."""
+    temporary = final if rules.commit == "file" else final.with_name(f".{final.name}.writing")
+
+    def agree(problem: str | None) -> Verdict:
+        problems = [(rank, text) for rank, text in enumerate(world.gather(problem)) if text]
+        if not problems:
+            return None
+        if world.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        before = format.checkpoints(final.parent)
+        safe = f"the newest complete checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
+        return f"{final}: not written, rank {problems[0][0]} says: {problems[0][1]}; {safe}"
+
+    needed = sum(world.gather(sum(4 * tensor.numel() for *_, tensor in content.fragments)))
+    if verdict := agree(_try(lambda: _fresh(temporary, needed)) if world.first else None):
+        return verdict
+    written: list[Any] = []
+    if verdict := agree(_try(lambda: written.extend(_write_rank(temporary, content.fragments, world.rank, rules.file_bytes)))):
+        return verdict
+    gathered = world.gather(written)
+    return agree(_try(lambda: _commit(temporary, final, content, gathered, guard)) if world.first else None)
 
 
-def _remove(checkpoint: Path) -> None:
+def _fresh(temporary: Path, needed: int) -> None:
+    folder = temporary.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = [p for p in folder.glob(f"{format.PREFIX}*") if p.is_dir() and not (p / format.MANIFEST).exists()]
+    for left in [*folder.glob(".*.writing"), *folder.glob(".*.removing"), *unfinished]:  # of a save that a crash cut short
+        shutil.rmtree(left, ignore_errors=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(f"no space: {needed / 2**20:,.0f} MiB are needed in {folder}, {free / 2**20:,.0f} MiB are free")
+    if temporary.exists():
+        remove(temporary)
+    temporary.mkdir()
+
+
+def _write_rank(folder: Path, fragments: list[tuple], rank: int, file_bytes: int) -> tuple[list[list[Any]], dict[str, list[Any]]]:
+    """Write this rank's files; its fragments, as the index lists them, and the files' entries for the manifest."""
+    rows, entries, start = [], {}, 0
+    while start < len(fragments):
+        name, stop, size = f"rank-{rank:05d}-{len(entries)}.safetensors", start, 0
+        while stop < len(fragments) and (stop == start or size + 4 * fragments[stop][3].numel() <= file_bytes):
+            size += 4 * fragments[stop][3].numel()
+            stop += 1
+        entries[name] = _write_tensors(folder / name, fragments[start:stop])
+        for key, (parameter, kind, offset, tensor) in enumerate(fragments[start:stop]):
+            rows.append([parameter, kind, offset, tensor.numel(), name, str(key)])
+        start = stop
+    return rows, entries
+
+
+def _write_tensors(path: Path, fragments: list[tuple]) -> list[Any]:
+    """Write a safetensors file of float32 tensors keyed 0, 1, ... and return its entry, once it reads back as it was written.
+
+    Written here, a tensor at a time: the library would hold a second copy of all of them, and read nothing back.
+    """
+    header, at = {}, 0
+    for key, (*_, tensor) in enumerate(fragments):
+        header[str(key)] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [at, at + 4 * tensor.numel()]}
+        at += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
+    found = xxhash.xxh3_128()
+    with open(path, "wb", buffering=0) as file:
+        for block in [len(text).to_bytes(8, "little") + text, *fragments]:
+            if isinstance(block, tuple):
+                parameter, kind, _, tensor = block
+                block = _bytes(tensor, f"{kind} of {parameter}")
+            view = memoryview(block)
+            found.update(view)
+            while view:  # a disk that fills up takes a part
+                view = view[file.write(view) :]
+    format.sync(path)
+    entry = [8 + len(text) + at, found.hexdigest()]
+    if [path.stat().st_size, format.checksum(path)] != entry:
+        raise RunError(f"{path}: does not read back as it was written")
+    return entry
+
+
+def _bytes(tensor: torch.Tensor, what: str) -> memoryview:
+    host = tensor.detach().to("cpu", torch.float32).contiguous()
+    if host.numel() and not all(bound.isfinite() for bound in torch.aminmax(host)):
+        raise RunError(f"{what} is not finite")  # the last good checkpoint must stay the newest
+    return memoryview(host.numpy()).cast("B") if host.numel() else memoryview(b"")
+
+
+def _commit(temporary: Path, final: Path, content: Content, gathered: list[Any], guard: Callable[[], None]) -> None:
+    sums = {name: entry for _, listed in gathered for name, entry in listed.items()}
+    index = Index(content.shapes, [Fragment(*row) for rows, _ in gathered for row in rows])
+    _write_text(temporary / "index.json", json.dumps(index.to_json()))
+    _write_text(temporary / "state.json", json.dumps(content.state, indent=1))
+    for name, part in content.files.items():
+        if isinstance(part, Path):
+            shutil.copytree(part, temporary / name)
+        else:
+            _write_text(temporary / name, part)
+    for path in [*temporary.rglob("*"), temporary]:
+        if path.name not in sums:  # the ranks have done theirs
+            format.sync(path)
+    guard()
+    _write_text(temporary / f".{format.MANIFEST}", json.dumps(format.manifest(temporary, sums), indent=1))
+    format.sync(temporary / f".{format.MANIFEST}")
+    (temporary / f".{format.MANIFEST}").rename(temporary / format.MANIFEST)
+    format.sync(temporary)
+    if temporary != final:
+        if final.exists():  # the same step again, after a resume went back behind it
+            remove(final)
+        temporary.rename(final)
+    format.sync(final.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint: renamed first, so that a crash leaves none half deleted."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.removing")
+    shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _fresh(folder: Path, temporary: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.writing"):  # of a save that a crash cut short
-        shutil.rmtree(left)
-    for left in folder.glob(".*.removing"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary.mkdir()
-
-
-def _write_rank(folder: Path, partitions: list[Partition], world: World) -> tuple[list[list[Any]], dict[str, list[Any]]]:
-    """Write this rank's file; its fragments, as the index lists them, and its entry for the manifest."""
-    name = f"rank-{world.rank:05d}.safetensors"
-    tensors: dict[str, torch.Tensor] = {}
-    fragments = []
-    for number, partition in enumerate(partitions):
-        if partition.replicated and number % world.size != world.rank:
-            continue
-        for kind, (tensor, pieces) in partition.tensors().items():
-            for piece in pieces:
-                key = str(len(fragments))
-                fragments.append([piece.name, kind, piece.offset, piece.length, name, key])
-                # A copy of its own: safetensors refuses views that share storage.
-                tensors[key] = tensor[piece.start : piece.start + piece.length].to("cpu", torch.float32, copy=True)
-                if kind == "model" and not tensors[key].isfinite().all():  # the last good checkpoint must stay the newest
-                    raise RunError(f"the weights of {piece.name} are not finite")
-    save_file(tensors, folder / name)
-    format.sync(folder / name)
-    return fragments, {name: format.entry(folder / name)}
-
-
-def _write(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _attempt(mine: bool, action: Callable[[], None]) -> str | None:
-    """Run `action` where `mine`; the error as text, so that it can be agreed on instead of leaving peers waiting."""
-    if mine:
-        try:
-            action()
-        except (OSError, SafetensorError, RunError) as error:  # safetensors reports a full disk as its own error
-            return str(error)
+def _try(action: Callable[[], None]) -> str | None:
+    """Run `action`; the error as text, so that it can be agreed on instead of leaving peers waiting."""
+    try:
+        action()
+    except (OSError, RunError) as error:
+        return str(error)
     return None
-
-
-def _agree(world: World, problem: str | None, temporary: Path, final: Path) -> None:
-    problems = [(rank, text) for rank, text in enumerate(world.gather(problem)) if text]
-    if not problems:
-        return
-    if world.first:
-        shutil.rmtree(temporary, ignore_errors=True)
-    rank, text = problems[0]
-    before = format.checkpoints(final.parent)
-    safe = f"the newest complete checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
-    raise RunError(f"{final}: not written, rank {rank} says: {text}; {safe}")

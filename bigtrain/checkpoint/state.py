@@ -6,6 +6,7 @@ Every ZeRO stage steps flat float32 tensors. What differs is which parameters li
     stage 0, bf16/fp16    `fp32_groups`, a float32 copy of each parameter, whole on every rank
     stage 1 and 2         one flat partition per parameter group; `param._hp_mapping` says which piece of it is whose
     stage 3               one flat partition per sub-group; each parameter's piece is ceil(numel / ranks) long
+    frozen parameters     the model's own: whole on every rank, at stage 3 this rank's piece, in the precision of the model
 
 `partitions` describes all of them in the same words, as views of the live tensors, so that saving reads them, loading
 fills them and the moving average follows them without knowing the stage. Attributes of DeepSpeed 0.19 that begin with
@@ -35,14 +36,14 @@ class Piece:
 
 @dataclass
 class Partition:
-    """One flat float32 tensor that the optimizer steps on this rank.
+    """One flat tensor, float32 where the optimizer steps it on this rank; without an optimizer, a frozen parameter or its piece.
 
     `parameter` is what `optimizer` knows it by; `replicated` says that every rank holds the same.
     `own_layout` lists the kinds of state that are laid out differently from the master, with their pieces. `extra` holds
     what bigtrain keeps beside DeepSpeed, the moving average.
     """
 
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     parameter: torch.Tensor
     pieces: list[Piece]
     replicated: bool
@@ -56,7 +57,7 @@ class Partition:
     @property
     def state(self) -> dict[str, Any]:
         # Looked up each time: DeepSpeed replaces the dictionary of a parameter that has not stepped yet.
-        return self.optimizer.state[self.parameter]
+        return {} if self.optimizer is None else self.optimizer.state[self.parameter]
 
     def tensors(self) -> dict[str, tuple[torch.Tensor, list[Piece]]]:
         """Flat tensors and their layout by kind: "model" (the float32 weights), the optimizer's own, "ema"."""
@@ -73,7 +74,7 @@ class Partition:
         if kind in self.tensors():
             return
         if kind == "ema":
-            self.extra[kind] = torch.zeros_like(self.master)
+            self.extra[kind] = torch.zeros_like(self.master, dtype=torch.float32)
         elif kind in self.own_layout:
             self.state[kind] = self.master.new_zeros(sum(piece.length for piece in self.own_layout[kind]))
         else:
@@ -96,6 +97,22 @@ class Partition:
 
 def partitions(engine: Any) -> list[Partition]:
     """Every partition of this rank, as views of the live tensors of `engine`, DeepSpeed's."""
+    return [*_trained(engine), *_frozen(engine)]
+
+
+def _frozen(engine: Any) -> list[Partition]:
+    made = []
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad and engine.zero_optimization_stage() < 3:
+            made.append(Partition(None, p, [Piece(name, 0, p.numel(), 0)], True))
+        elif not p.requires_grad:
+            offset = ds_comm.get_rank(group=engine.optimizer.dp_process_group) * p.ds_tensor.ds_numel
+            length = min(p.ds_tensor.ds_numel, p.ds_numel - offset)
+            made.append(Partition(None, p.ds_tensor, [Piece(name, offset, length, 0)] if length > 0 else [], False))
+    return made
+
+
+def _trained(engine: Any) -> list[Partition]:
     names = {id(p): name for name, p in engine.module.named_parameters()}
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     base = optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bigtrain.checkpoint import save
+from bigtrain.config import Checkpoint
 
 
 @dataclass
@@ -112,12 +113,37 @@ def halves(shapes: dict[str, list[int]], rank: int, size: int) -> list[list[tupl
     return [rows]
 
 
-def write(folder: Path, step: int, size: int = 2, shapes=SHAPES, seed: int = 0, kinds=("model", "exp_avg", "ema")) -> list:
+STATE = {
+    "position": 0,
+    "global_batch": 4,
+    "data": "d",
+    "done": False,
+    "best_loss": None,
+    "evaluations_since_best": 0,
+    "skipped": 0,
+    "norm_average": 0.0,
+    "norm_count": 0,
+    "optimizer": {},
+    "loss_scaler": {},
+    "metrics": {},
+}
+"""state.json, but for the step."""
+
+
+def saved(folder: Path, step: int, shapes, mine: list[Partition], world: World, rules: Checkpoint | None = None, **state) -> Path:
+    """Save `mine` as this rank's part of a checkpoint."""
+    content = save.Content(step, shapes, save.fragments(mine, world), {**STATE, "step": step, **state}, {"config.yaml": "x: 1\n"})
+    return save.save(folder, content, world, rules)
+
+
+def write(
+    folder: Path, step: int, size: int = 2, shapes=SHAPES, seed: int = 0, kinds=("model", "exp_avg", "ema"), rules=None, **state
+) -> list:
     """Save a checkpoint from `size` ranks; gives what each rank's save returned or raised."""
     whole = values(shapes, kinds, seed)
 
     def one(world):
         mine = partitions(whole, halves(shapes, world.rank, size))
-        return save.save(folder, step, shapes, mine, {"step": step, "done": False}, {"config.yaml": "x: 1\n"}, world)
+        return saved(folder, step, shapes, mine, world, rules, **state)
 
     return on_ranks(size, one)

@@ -34,22 +34,39 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def forge(manifest: dict, change) -> None:
+    change(manifest["files"])
+    manifest["checksum"] = format._own_checksum(manifest["files"])
+
+
 DAMAGE = {
-    "truncated": (lambda c: (c / "rank-00001.safetensors").write_bytes(b"x"), "rank-00001.safetensors: 1 bytes, the manifest says"),
-    "flipped": (lambda c: flip(c / "rank-00000.safetensors"), "rank-00000.safetensors: checksum differs"),
+    "truncated": (lambda c: (c / "rank-00001-0.safetensors").write_bytes(b"x"), "rank-00001-0.safetensors: 1 bytes, the manifest says"),
+    "flipped": (lambda c: flip(c / "rank-00000-0.safetensors"), "rank-00000-0.safetensors: checksum differs"),
     "missing": (lambda c: (c / "state.json").unlink(), "state.json: missing"),
     "of another step": (
-        lambda c: shutil.copy(c.parent / "step-00000001/rank-00001.safetensors", c),
-        "rank-00001.safetensors: checksum differs",
+        lambda c: shutil.copy(c.parent / "step-00000001/rank-00001-0.safetensors", c),
+        "rank-00001-0.safetensors: checksum differs",
     ),
-    "extra": (lambda c: (c / "rank-00002.safetensors").touch(), "rank-00002.safetensors: not in the manifest"),
+    "extra": (lambda c: (c / "rank-00002-0.safetensors").touch(), "rank-00002-0.safetensors: not in the manifest"),
     "taken out of the manifest": (
         lambda c: change_json(c / "manifest.json", lambda m: m["files"].pop("config.yaml")),
-        "config.yaml: not in the manifest",
+        "manifest.json: its own checksum differs",
     ),
     "another checksum": (
-        lambda c: change_json(c / "manifest.json", lambda m: m["files"]["index.json"].__setitem__(1, "0" * 64)),
+        lambda c: change_json(c / "manifest.json", lambda m: m["files"]["index.json"].__setitem__(1, "0" * 32)),
+        "manifest.json: its own checksum differs",
+    ),
+    "another checksum in a manifest that was made for it": (
+        lambda c: change_json(c / "manifest.json", lambda m: forge(m, lambda files: files["index.json"].__setitem__(1, "0" * 32))),
         "index.json: checksum differs",
+    ),
+    "a manifest that names a file elsewhere": (
+        lambda c: change_json(c / "manifest.json", lambda m: forge(m, lambda files: files.update({"../x": [1, "0"]}))),
+        "manifest.json: names the file '../x', which is outside the checkpoint",
+    ),
+    "a link": (
+        lambda c: ((c / "config.yaml").unlink(), (c / "config.yaml").symlink_to(c.parent / "step-00000001/config.yaml")),
+        "config.yaml: a link",
     ),
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json: cannot be read"),
     "half a manifest": (lambda c: (c / "manifest.json").write_text('{"files": {'), "manifest.json: cannot be read"),
@@ -75,11 +92,11 @@ def test_commands(run):
     assert [line.split()[1] for line in listed] == ["1", "2"] and listed[1].endswith("step-00000002")
     verified = invoke(app, ["checkpoint", "verify", str(run)])
     assert verified.exit_code == 0 and verified.stdout.count("ok ") == 2
-    flip(run / "checkpoints/step-00000001/rank-00000.safetensors")
+    flip(run / "checkpoints/step-00000001/rank-00000-0.safetensors")
     one = invoke(app, ["checkpoint", "verify", str(run / "checkpoints/step-00000002")])
     assert one.exit_code == 0 and one.stdout.count("ok ") == 1
     failed = invoke(app, ["checkpoint", "verify", str(run)])
-    assert failed.exit_code == 1 and "step-00000001/rank-00000.safetensors: checksum differs" in failed.stderr
+    assert failed.exit_code == 1 and "step-00000001/rank-00000-0.safetensors: checksum differs" in failed.stderr
     for command in ("list", "verify"):
         nothing = invoke(app, ["checkpoint", command, str(run / "checkpoints/step-00000001/none")])
         assert nothing.exit_code == 2 and nothing.stderr.startswith("bigtrain: ") and nothing.stderr.count("\n") == 1
@@ -94,8 +111,10 @@ def test_find(run):
 
 
 def test_steps_sort_as_numbers(tmp_path):
-    for name in ("step-00000009", "step-00000010", "step-100000000"):
+    for name in ("step-00000009", "step-00000010", "step-100000000", "step-00000011"):
         (tmp_path / name).mkdir()
+        if name != "step-00000011":  # without a manifest it is not complete
+            (tmp_path / name / "manifest.json").touch()
     assert [format.step_of(p) for p in format.checkpoints(tmp_path)] == [9, 10, 100000000]
     assert format.checkpoints(tmp_path / "none") == []
 
@@ -131,7 +150,7 @@ def test_an_index_that_is_not_ours(run, change, error, says):
     [
         (lambda rows: rows[0].__setitem__(5, "99"), "cannot be read"),
         (lambda rows: rows[0].__setitem__(3, 15), r"shape \[7\], the index says 15"),
-        (lambda rows: rows[0].__setitem__(4, "rank-00009.safetensors"), "rank-00009.safetensors: cannot be read"),
+        (lambda rows: rows[0].__setitem__(4, "rank-00009-0.safetensors"), "rank-00009-0.safetensors: cannot be read"),
         (lambda rows: rows[0].__setitem__(4, "state.json"), "state.json: cannot be read"),
     ],
 )

@@ -244,15 +244,25 @@ def test_another_config_is_refused(folder, straight, warm):
 def test_a_loss_that_is_not_finite(folder, warm, stage):
     name = f"nan-{stage}"
     diverging = ["optimizer.lr=1e30", "schedule.warmup_steps=0", "model.norm=layernorm", "checkpoint.every=1", "evaluate.every=null"]
-    codes, screen = warm(folder, 2, f"run.name={name}", f"zero.stage={stage}", *diverging)
+    codes, screen = warm(folder, 2, f"run.name={name}", f"zero.stage={stage}", "train.skip_limit=2", *diverging)
     run = run_of(folder, name)
     assert codes == [1, 1], screen
     [message] = [line for line in screen.splitlines() if line.startswith("bigtrain:")]
     good = run.checkpoints / "step-00000001"
-    # Step 2 is sequences 8 to 15: of each pass of four, rank 0 has the first two.
-    parts = [f"rank {rank}, sequences {first} to {first + 1}" for rank, starts in ((0, (8, 12)), (1, (10, 14))) for first in starts]
-    where = f"step 2: the loss is not finite on {'; '.join(parts)}"
-    assert message == f"bigtrain: {where}. The step was not applied; the newest checkpoint is {good}"
+
+    def where(step: int) -> str:  # step 2 is sequences 8 to 15: of each pass of four, rank 0 has the first two
+        first = 8 * (step - 1)
+        parts = [
+            f"rank {rank}, sequences {f} to {f + 1}" for rank, at in ((0, (0, 4)), (1, (2, 6))) for f in (first + at[0], first + at[1])
+        ]
+        what = f"step {step}: the loss is not finite on {'; '.join(parts)}"
+        return f"{what}. The step was not applied: {step - 1} in a row, train.skip_limit is 2"
+
+    for step in (2, 3):
+        assert f"warning: {where(step)}\n" in screen
+    assert message == f"bigtrain: {where(4)}; the newest checkpoint is {good}"
+    rows = {row["step"]: row for row in latest_rows(run.metrics, "loss")}
+    assert "skipped" not in rows[1] and rows[3]["loss"] == "NaN" and rows[3]["skipped"][3] == "rank 1, sequences 22 to 23"
     assert format.checkpoints(run.checkpoints) == [good]
     format.verify(good)
     assert all(value.isfinite().all() for key, value in tensors(good).items() if key.endswith(("model", "ema")))
