@@ -292,7 +292,7 @@ def checkpoint_prune(
     if not folder.config.is_file():
         raise UserError(f"{run}: not a run folder (there is no config.yaml in it); give one")
     _checkpoints(run)
-    removed, damaged = Kept(folder.checkpoints, configfile.load(folder.config).checkpoint).prune(dry_run)
+    removed, damaged = Kept(folder.checkpoints, configfile.load_saved(folder.config).checkpoint).prune(dry_run)
     for problem in damaged.values():
         print(f"damaged, and left there: {problem}")
     for path in removed:

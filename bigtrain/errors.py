@@ -21,10 +21,6 @@ class UserError(BigtrainError):
     code = USER_MISTAKE
 
 
-class DamagedData(UserError):
-    """A file of the prepared data is not what it was. One rank finds it, and says so itself: the others see a lost peer."""
-
-
 class RunError(BigtrainError):
     """The run cannot go on (a full disk, a non-finite loss, a lost rank); the message says what is safe on disk."""
 

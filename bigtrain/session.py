@@ -21,7 +21,7 @@ import torch.distributed as dist
 from bigtrain import __version__
 from bigtrain.config import Batch, Config, batch_arithmetic
 from bigtrain.deepspeed_config import derive
-from bigtrain.errors import DONE, FAILURE, STOPPED, AlreadyDone, BigtrainError, DamagedData, RunError, UserError
+from bigtrain.errors import DONE, FAILURE, STOPPED, AlreadyDone, BigtrainError, RunError, UserError
 from bigtrain.hardware import Hardware, choose_precision
 from bigtrain.logs import RankOutput
 from bigtrain.metrics import peak_memory_gib, peak_tflops
@@ -52,7 +52,7 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         _train(config, hardware, world, attempt, checkpoints, screen)
     except BigtrainError as error:
         code, reason = error.code, str(error)
-        if rank == 0 or isinstance(error, DamagedData) or (alone and isinstance(error, RunError)):  # else rank 0 says the same
+        if rank == 0 or (alone and isinstance(error, RunError)):  # else rank 0 says the same
             screen.close()
             output.screen.write(f"bigtrain: {printable(reason)}\n")
         print(f"bigtrain: {reason}", file=sys.stderr)

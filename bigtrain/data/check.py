@@ -7,7 +7,7 @@ import threading
 import time
 
 from bigtrain.data.shards import TokenStore
-from bigtrain.errors import DamagedData, UserError
+from bigtrain.errors import UserError
 
 _BLOCK = 1 << 20
 _REST = 3  # times the time that a block took: a quarter of one core, and of what the disk can give, at most
@@ -37,7 +37,7 @@ class Check:
         self._thread.join()
 
     def refuse(self) -> None:
-        """Raise DamagedData for the first file so far that has changed since it was prepared, or cannot be read."""
+        """Raise UserError for the first file so far that has changed since it was prepared, or cannot be read."""
         if self._found:
             raise self._found
 
@@ -54,8 +54,8 @@ class Check:
                             return
                         began = time.monotonic()
             except OSError as error:
-                self._found = DamagedData(f"{path}: cannot be read ({error.strerror}); copy it again or prepare the data again")
+                self._found = UserError(f"{path}: cannot be read ({error.strerror}); copy it again or prepare the data again")
                 return
             if sha256.hexdigest() != expected:
-                self._found = DamagedData(f"{path}: has changed since it was prepared; copy it again or prepare the data again")
+                self._found = UserError(f"{path}: has changed since it was prepared; copy it again or prepare the data again")
                 return

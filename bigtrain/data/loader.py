@@ -14,7 +14,7 @@ from bigtrain.data.check import Check
 from bigtrain.data.order import Order
 from bigtrain.data.pack import Sample, pack, padding
 from bigtrain.data.shards import TokenStore
-from bigtrain.errors import DamagedData
+from bigtrain.errors import UserError
 
 _STEPS_AHEAD = 2  # one being made while the one before it waits
 
@@ -52,7 +52,7 @@ class Loader:
         """What `step` gives from position `start` on, for ever, made in a background thread a step or two ahead.
 
         An error in the thread is raised here at the step that it belongs to. Beside it this rank's share of the files is
-        compared with its checksums; DamagedData is raised at the step after one was found to differ. Closing the iterator ends
+        compared with its checksums; UserError is raised at the step after one was found to differ. Closing the iterator ends
         both threads.
         """
         check = Check(self.reader.store, self.rank, self.shape.ranks)
@@ -109,7 +109,7 @@ class _Reader:
         if tokens.max() >= self.vocab_size:
             bad = int(np.argmax(tokens >= self.vocab_size))
             file, offset = self.store.locate(start + bad)
-            raise DamagedData(
+            raise UserError(
                 f"{file}: token {offset} is {tokens[bad]}, beyond the vocabulary of {self.vocab_size}: the file is damaged;"
                 " prepare the data again"
             )

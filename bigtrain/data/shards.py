@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError, model_validator
 from bigtrain import jsonfile
 from bigtrain.config import Count, Positive, Section
 from bigtrain.configschema import short
-from bigtrain.errors import DamagedData, UserError
+from bigtrain.errors import UserError
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
@@ -178,7 +178,7 @@ class TokenStore:
         first, last = np.searchsorted(self._documents, np.array([start, stop], np.uint64))
         starts = self._documents[first:last].astype(np.int64)
         if len(starts) and not (start <= starts[0] and starts[-1] < stop and (np.diff(starts) > 0).all()):
-            raise DamagedData(f"{self.folder / self.split}.documents: positions do not ascend: the file is damaged; prepare the data again")
+            raise UserError(f"{self.folder / self.split}.documents: positions do not ascend: the file is damaged; prepare the data again")
         return starts
 
     def locate(self, position: int) -> tuple[Path, int]:

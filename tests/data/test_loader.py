@@ -8,7 +8,7 @@ import torch
 
 from bigtrain.config import Batch
 from bigtrain.data.loader import Loader, evaluation_batches
-from bigtrain.errors import DamagedData, UserError
+from bigtrain.errors import UserError
 from bigtrain.tasks import make_task
 
 ARRAYS = ("token", "target", "position", "document")
@@ -147,7 +147,7 @@ def test_a_file_that_has_changed_ends_the_steps(build, store):
                 while any(thread.name == "data-check" for thread in threading.enumerate()):
                     next(steps)
                 next(steps)
-            except DamagedData as error:
+            except UserError as error:
                 ended.append(str(error))
     assert ended == [f"{path}: has changed since it was prepared; copy it again or prepare the data again"]
 

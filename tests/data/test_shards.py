@@ -8,7 +8,7 @@ from bigtrain.data import check
 from bigtrain.data.check import Check
 from bigtrain.data.prepare import prepare
 from bigtrain.data.shards import Manifest, TokenStore
-from bigtrain.errors import DamagedData, UserError
+from bigtrain.errors import UserError
 
 
 def test_reads_cross_the_borders_of_shards(store):
@@ -52,10 +52,10 @@ def test_a_flipped_bit_is_found(store, verify, file):
     raw = bytearray((store.folder / file).read_bytes())
     raw[5] ^= 1
     (store.folder / file).write_bytes(raw)
-    with pytest.raises(DamagedData, match=f"{file}: has changed since it was prepared"):
+    with pytest.raises(UserError, match=f"{file}: has changed since it was prepared"):
         verify(store)
     (store.folder / file).unlink()
-    with pytest.raises(DamagedData, match=f"{file}: cannot be read .No such file"):
+    with pytest.raises(UserError, match=f"{file}: cannot be read .No such file"):
         verify(store)
 
 
@@ -90,7 +90,7 @@ def test_document_positions_that_do_not_ascend_are_refused(store, values):
     positions = np.fromfile(path, "<u8")
     positions[: len(values)] = values
     positions.tofile(path)
-    with pytest.raises(DamagedData, match="train.documents: positions do not ascend: .*prepare the data again"):
+    with pytest.raises(UserError, match="train.documents: positions do not ascend: .*prepare the data again"):
         TokenStore(store.folder, "train").document_starts(0, len(store))
 
 
