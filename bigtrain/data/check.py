@@ -10,7 +10,7 @@ from bigtrain.data.shards import TokenStore
 from bigtrain.errors import UserError
 
 _BLOCK = 1 << 20
-_REST = 3  # times the time that a block took: a quarter of one core, and of what the disk can give, at most
+_REST = 9  # times the time that a block took: a tenth of one core, and of what the disk can give, at most
 
 
 class Check:

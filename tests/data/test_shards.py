@@ -67,7 +67,7 @@ def test_the_ranks_read_every_file_once(store, ranks):
 
 
 def test_the_check_leaves_most_of_the_time_to_others(store, monkeypatch):
-    """It rests three times as long as it works, and a stop does not wait for it to finish."""
+    """It rests nine times as long as it works, and a stop does not wait for it to finish."""
     rests = []
     one = Check(store, 0, 1)
     monkeypatch.setattr(one._stop, "wait", lambda seconds: rests.append(seconds))
@@ -75,7 +75,7 @@ def test_the_check_leaves_most_of_the_time_to_others(store, monkeypatch):
     monkeypatch.setattr(check, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     one.start()
     one.wait()
-    assert rests == [3.0] * len(one._files)
+    assert rests == [9.0] * len(one._files)
     stopped = Check(store, 0, 1)
     stopped._stop.set()
     (store.folder / stopped._files[1][0]).unlink()
