@@ -159,7 +159,8 @@ def other_run(folder: Path, **model) -> Path:
     config = configfile.load(folder / "c.yaml", [f"model.{key}={json.dumps(value)}" for key, value in {"vocab_size": 320, **model}.items()])
     path = folder / "other/checkpoints/step-00000005"
     path.mkdir(parents=True)
-    (path / "index.json").write_text("{}")
+    for name in ("index.json", "manifest.json"):
+        (path / name).write_text("{}")
     (path / "config.yaml").write_text(configfile.dump(config))
     assert isinstance(config, Config)
     return path

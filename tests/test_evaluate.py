@@ -9,15 +9,15 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
-from fakes import on_ranks, partitions
+from fakes import on_ranks, partitions, saved
 
 from bigtrain import configfile
-from bigtrain.checkpoint.save import save
+from bigtrain.checkpoint import format
 from bigtrain.config import Config, Data
 from bigtrain.data.prepare import prepare
 from bigtrain.data.shards import TokenStore
 from bigtrain.data.tokenizer import Bytes
-from bigtrain.errors import UserError
+from bigtrain.errors import RunError, UserError
 from bigtrain.evaluate import evaluate, evaluate_run, to_device
 from bigtrain.generate import generate
 from bigtrain.model.initialise import initialise
@@ -85,9 +85,10 @@ def run(tmp_path_factory) -> Path:
     shapes = {name: list(p.shape) for name, p in weights.items()}
     whole = {"model": weights, "ema": {name: 2 * p for name, p in weights.items()}}
     layout = [[(name, 0, p.numel()) for name, p in weights.items()]]
-    state = {"step": 7, "data": TokenStore(folder / "data", "train").manifest.fingerprint, "done": True}
+    fingerprint = TokenStore(folder / "data", "train").manifest.fingerprint
     files = {"config.yaml": configfile.dump(config), "tokenizer": folder / "data" / "tokenizer"}
-    on_ranks(1, lambda world: save(folder / "checkpoints", 7, shapes, partitions(whole, layout), state, files, world))
+    mine = partitions(whole, layout)
+    on_ranks(1, lambda world: saved(folder / "checkpoints", 7, shapes, mine, world, files=files, data=fingerprint, done=True))
     return folder
 
 
@@ -134,13 +135,18 @@ def test_the_moving_average(run):
 
 def test_other_data_is_refused(run):
     state = run / "checkpoints/step-00000007/state.json"
-    before = state.read_text()
+    manifest = state.with_name(format.MANIFEST)
+    before = state.read_text(), manifest.read_text()
     try:
-        state.write_text(json.dumps({**json.loads(before), "data": "another fingerprint"}))
+        state.write_text(json.dumps({**json.loads(before[0]), "data": "another fingerprint"}))
+        with pytest.raises(RunError, match="state.json: .* the manifest says"):
+            evaluated(run)
+        manifest.write_text(json.dumps(format.manifest(state.parent, {})))
         with pytest.raises(UserError, match="data: not the data that .*step-00000007 was trained on"):
             evaluated(run)
     finally:
-        state.write_text(before)
+        state.write_text(before[0])
+        manifest.write_text(before[1])
     (run / "data").rename(run / "moved")
     try:
         with pytest.raises(UserError, match="no prepared data in"):

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from bigtrain.checkpoint import save
-from bigtrain.config import Checkpoint
 
 
 @dataclass
@@ -130,9 +129,12 @@ STATE = {
 """state.json, but for the step."""
 
 
-def saved(folder: Path, step: int, shapes, mine: list[Partition], world: World, rules: Checkpoint | None = None, **state) -> Path:
+FILES = {"config.yaml": "x: 1\n"}
+
+
+def saved(folder: Path, step: int, shapes, mine: list[Partition], world: World, rules=None, files=FILES, **state) -> Path:
     """Save `mine` as this rank's part of a checkpoint."""
-    content = save.Content(step, shapes, save.fragments(mine, world), {**STATE, "step": step, **state}, {"config.yaml": "x: 1\n"})
+    content = save.Content(step, shapes, save.fragments(mine, world), {**STATE, "step": step, **state}, files)
     return save.save(folder, content, world, rules)
 
 

@@ -4,15 +4,13 @@ import threading
 
 import pytest
 import torch
-from fakes import SHAPES, STATE, halves, on_ranks, partitions, values
+from fakes import FILES, SHAPES, STATE, halves, on_ranks, partitions, values
 
 from bigtrain.checkpoint import format, save
 from bigtrain.checkpoint.background import Saver
 from bigtrain.checkpoint.load import Reader
 from bigtrain.config import Checkpoint
 from bigtrain.errors import RunError
-
-FILES = {"config.yaml": "x: 1\n"}
 
 
 def saver(folder, world, guard=lambda: None, **rules) -> Saver:

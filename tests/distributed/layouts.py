@@ -33,15 +33,11 @@ def settings(data: str, folder: Path, name: str, stage: int, offload: bool = Fal
     )
 
 
-def layout(world, stage: int, optimizer: str = "adamw") -> str:
-    return f"{optimizer}-{stage}-{world.size}"
-
-
-def save(world, folder: Path, data: str, stages: list[int], optimizer: str = "adamw") -> dict[str, list]:
-    """For each stage a whole run on these ranks, which leaves a checkpoint of step SAVED: its rows."""
+def save(world, folder: Path, data: str, cases: list) -> dict[str, list]:
+    """For each (optimizer, stage) a whole run on these ranks, which leaves a checkpoint of step SAVED: its rows."""
     rows = {}
-    for stage in stages:
-        name = layout(world, stage, optimizer)
+    for optimizer, stage in cases:
+        name = f"{optimizer}-{stage}-{world.size}"
         t = trainer(settings(data, folder, name, stage, optimizer=optimizer), world)
         rows[name] = rows_of(t)
         t.train()
@@ -49,19 +45,18 @@ def save(world, folder: Path, data: str, stages: list[int], optimizer: str = "ad
     return rows
 
 
-def load(world, folder: Path, data: str, cases: list, optimizer: str = "adamw") -> dict[str, list]:
-    """For each (stage, offload, layouts that saved): load each checkpoint, save it again at once, and go on: the rows."""
+def load(world, folder: Path, data: str, cases: list) -> dict[str, list]:
+    """For each (optimizer, who saved, stage, offload): load the checkpoint, save it again at once, and go on: the rows."""
     result = {}
-    for stage, offload, sources in cases:
-        for source in sources:
-            name = f"{source}-to-{layout(world, stage, optimizer)}{'-offload' * offload}"
-            t = trainer(settings(data, folder, name, stage, offload, optimizer), world)
-            t.resume(folder / "runs" / source / "checkpoints" / f"step-{SAVED:08d}")
-            t.saved = None
-            t.save()
-            result[name] = rows_of(t)
-            t.train()
-            close(t)
+    for optimizer, source, stage, offload in cases:
+        name = f"{optimizer}-{source}-to-{stage}-{world.size}"
+        t = trainer(settings(data, folder, name, stage, offload, optimizer), world)
+        t.resume(checkpoint(folder, f"{optimizer}-{source}"))
+        t.saved = None
+        t.save()
+        result[name] = rows_of(t)
+        t.train()
+        close(t)
     return result
 
 
