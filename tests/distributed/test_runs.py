@@ -287,6 +287,21 @@ def test_damaged_data(folder, warm, token, says):
     assert ended["exit_code"] == 2 and says in ended["reason"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_full_disk_under_the_log_stops_nothing(folder, warm):
+    attempts = run_of(folder, "full").path / "attempts"
+    attempts.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", attempts], capture_output=True).returncode:
+        pytest.skip("may not mount here")
+    try:
+        codes, screen = warm(folder, 2, "run.name=full", "train.steps=3", "evaluate.every=null")
+        assert codes == [0, 0], screen
+        assert screen.count("warning: this rank's log cannot be written (No space left on device)") == 1
+        assert len(losses(run_of(folder, "full"))) == 3 and (run_of(folder, "full").log(1, 0)).stat().st_size < 4096
+    finally:
+        subprocess.run(["umount", attempts], check=True)
+
+
 # ---- Other kinds of run ----
 
 
