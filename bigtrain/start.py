@@ -36,6 +36,7 @@ class Start:
         if not self.checkpoints:
             return False
         try:
+            format.verify(self.checkpoints[-1], None)
             return format.read_state(self.checkpoints[-1]).done
         except RunError:  # damaged: the ranks will say so, and go on from an earlier one
             return False

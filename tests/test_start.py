@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent / "checkpoint"))
 from fakes import STATE
 
 from bigtrain import configfile
+from bigtrain.checkpoint import format
 from bigtrain.config import MAY_DIFFER_ON_RESUME, Config, Data
 from bigtrain.data.prepare import prepare
 from bigtrain.errors import UserError
@@ -65,9 +66,9 @@ def checkpoint(config: Config, step: int, done: bool = False) -> Path:
     path = Path(config.run.folder) / config.run.name / "checkpoints" / f"step-{step:08d}"
     path.mkdir(parents=True)
     (path / "state.json").write_text(json.dumps({**STATE, "step": step, "done": done}))
-    for name in ("index.json", "manifest.json"):
-        (path / name).write_text("{}")
+    (path / "index.json").write_text("{}")
     (path / "config.yaml").write_text(configfile.dump(config))
+    (path / "manifest.json").write_text(json.dumps(format.manifest(path, {})))
     return path
 
 
@@ -114,6 +115,7 @@ def test_new_resumed_and_done(config):
     old, new = checkpoint(settings, 9), checkpoint(settings, 10)
     assert open_run(settings).checkpoints == [old, new] and not open_run(settings).done
     (new / "state.json").write_text(json.dumps({**STATE, "step": 10, "done": True}))
+    (new / "manifest.json").write_text(json.dumps(format.manifest(new, {})))
     start = open_run(settings)
     assert start.done and complete(start).startswith(f"{start.run.path} is complete at step 10; look at ")
 

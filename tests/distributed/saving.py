@@ -1,0 +1,77 @@
+"""Workers for test_saving.py: checkpoints that fail on the way, and a stop in the middle of a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages import rows_of
+from training import close, config, trainer
+
+from bigtrain.checkpoint import format, save
+from bigtrain.errors import RunError, StopRequested
+
+
+def settings(data: str, folder: Path, name: str, **changes):
+    base = {"train": {"steps": 12, "global_batch": 8, "micro_batch": 1}, "checkpoint": {"every": 3, "keep": 9}}
+    merged = {key: {**base.get(key, {}), **value} for key, value in {**base, **changes}.items()}
+    return config(Path(data), run={"name": name, "folder": str(folder / "runs")}, zero={"stage": 2}, **merged)
+
+
+def stop_in_a_step(world, folder: Path, data: str) -> dict:
+    """A run that rank 1 is asked to stop in the third of four passes of step 6, and what follows when it goes on."""
+    straight = trainer(settings(data, folder, "straight"), world)
+    straight.train()
+    close(straight)
+
+    first = trainer(settings(data, folder, "stopped", launch={"grace": 1e-9}), world)
+    loss, passes = first.task.loss, []
+
+    def watched(engine, batch):
+        passes.append(first.progress.step + 1)
+        if world.rank == 1 and passes.count(6) == 3:
+            first.stop = 15
+        return loss(engine, batch)
+
+    first.task.loss = watched
+    try:
+        first.train()
+        said = ""
+    except StopRequested as stop:
+        said = str(stop)
+    close(first)
+    saved = [format.step_of(c) for c in format.checkpoints(first.run.checkpoints)]
+
+    second = trainer(settings(data, folder, "stopped"), world)
+    second.resume(format.checkpoints(second.run.checkpoints)[-1])
+    second.train()
+    close(second)
+    return {"said": said, "passes": passes.count(6), "saved": saved}
+
+
+def failing(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
+    """For each (asynchronous, on_error): a run in which rank 1 cannot write the checkpoint of step 6."""
+    result = {}
+    real = save._write_tensors
+
+    def broken(path, fragments):
+        if path.name.startswith("rank-00001") and "00000006" in path.parent.name:
+            raise OSError(28, "No space left on device")
+        return real(path, fragments)
+
+    for asynchronous, on_error in cases:
+        name = f"failing-{asynchronous}-{on_error}"
+        rules = {"asynchronous": asynchronous, "on_error": on_error}
+        t = trainer(settings(data, folder, name, checkpoint=rules), world)
+        rows, warnings = rows_of(t), []
+        t.report.warn = warnings.append
+        save._write_tensors = broken
+        try:
+            t.train()
+            raised = ""
+        except RunError as error:
+            raised = str(error)
+        save._write_tensors = real
+        saved = [format.step_of(c) for c in format.checkpoints(t.run.checkpoints)]
+        result[name] = {"warnings": warnings, "raised": raised, "saved": saved, "steps": len(rows)}
+        close(t)
+    return result
