@@ -22,7 +22,9 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except BigtrainError as error:
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks found the same
-                print(f"bigtrain: {error}", file=sys.stderr)
+                from bigtrain.screen import printable
+
+                print(f"bigtrain: {printable(error)}", file=sys.stderr)
             raise typer.Exit(error.code) from None
 
 
@@ -143,12 +145,14 @@ def generate(
     from bigtrain.checkpoint.load import restore
     from bigtrain.config import Generate
     from bigtrain.generate import generate as write
+    from bigtrain.screen import printable
 
     restored = restore(run, weights.value, device, dtype)
     settings = Generate(tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    print(prompt, end="", flush=True)
+    shown = printable if sys.stdout.isatty() else str
+    print(shown(prompt), end="", flush=True)
     for piece in write(restored.model, restored.tokenizer, prompt, settings, device):
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print()
 
 
@@ -298,7 +302,7 @@ def checkpoint_prune(
     if not folder.config.is_file():
         raise UserError(f"{run}: not a run folder (there is no config.yaml in it); give one")
     _checkpoints(run)
-    removed, damaged = Kept(folder.checkpoints, configfile.load(folder.config).checkpoint).prune(dry_run)
+    removed, damaged = Kept(folder.checkpoints, configfile.load_saved(folder.config).checkpoint).prune(dry_run)
     for problem in damaged.values():
         print(f"damaged, and left there: {problem}")
     for path in removed:

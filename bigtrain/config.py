@@ -421,14 +421,15 @@ MAY_DIFFER_ON_RESUME = (
 """Sections and keys in which a resumed run may differ from what it was."""
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree of mappings by their dotted keys."""
+    if isinstance(value, dict):
+        return {k: v for key, sub in value.items() for k, v in flat(sub, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
 def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[str]:
     """Keys in which two configs differ, as lines `key: old -> new`; `ignore` names keys and whole sections."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for key, sub in value.items() for k, v in flat(sub, f"{prefix}{key}.").items()}
-        return {prefix.rstrip("."): value}
-
     a, b = flat(old.model_dump()), flat(new.model_dump())
     keys = [k for k in {**a, **b} if not any(k == i or k.startswith(f"{i}.") for i in ignore)]
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in keys if a.get(k) != b.get(k)]

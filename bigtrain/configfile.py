@@ -12,21 +12,23 @@ Every key remembers where it was set, so a message can name the line and `bigtra
 from __future__ import annotations
 
 import difflib
-import re
 import site
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
-from bigtrain.config import Config
+from bigtrain import plainyaml
+from bigtrain.config import Config, flat
 from bigtrain.configschema import Key, is_section, short, validate
 from bigtrain.errors import UserError
+from bigtrain.secrets import kinds
 
 COMMAND_LINE = "command line"
+_LARGEST_FILE = 1 << 20  # bytes; a config has a few thousand, and YAML is read at a megabyte in several seconds
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -34,15 +36,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return read(path, overrides).config
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Source:
-    """As `load`, together with where each value was set."""
-    reader = _Reader()
+def load_saved(path: str | Path) -> Config:
+    """Read what `dump` wrote, of a run or a checkpoint that others may have made: as `load`, and an include is refused."""
+    return read(path, alone=True).config
+
+
+def read(path: str | Path, overrides: Sequence[str] = (), alone: bool = False) -> Source:
+    """As `load`, together with where each value was set. `alone`: the file may include no other."""
+    reader = _Reader(alone)
     file = find(path)
     values = reader.file(file)
     for override in overrides:
         values = _merge(values, reader.override(override))
     config, refused = validate(values, reader.complete)
-    for key, text in refused:
+    for key, text in [*refused, *(_secrets(config) if config else [])]:
         reader.problem(_where(reader.origins, key) or str(file), key, text)
     if reader.problems or config is None:
         raise _user_error(file, reader.problems)
@@ -83,7 +90,7 @@ def dump(config: Config, origins: dict[Key, str] | None = None) -> str:
                 write(value, key)
             else:
                 origin = origins.get(key) if origins else None
-                line += f" {_one_line(value)}"
+                line += f" {plainyaml.one_line(value)}"
                 lines.append(f"{line:<40}  # {origin}" if origin else line)
 
     write(config.model_dump(), ())
@@ -99,6 +106,8 @@ def find(path: str | Path, beside: Path = Path()) -> Path:
     if asked.is_dir():
         inside = sorted(p.name for p in asked.glob("*.yaml"))
         raise UserError(f"{asked}: is a folder; name a .yaml file" + (f" in it: {', '.join(inside[:5])}" if inside else ""))
+    if asked.exists() and not asked.is_file():
+        raise UserError(f"{asked}: is a device or a pipe; name a .yaml file")
     if asked.exists():
         return asked
     name = str(path).removeprefix("configs/").removesuffix(".yaml") + ".yaml"
@@ -117,48 +126,11 @@ def shipped_folders() -> list[Path]:
     return [folder for folder in [Path(__file__).parents[1] / "configs", *installed] if folder.is_dir()]
 
 
-# ---- YAML ----
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values by the rules of YAML 1.2: 1e-4 is a number, `off` and `2024-01-01` are text. No aliases, no tags."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported; use include", problem_mark=event.start_mark)
-        if event.tag is not None:
-            raise yaml.MarkedYAMLError(problem=f"the tag {event.tag} is not supported; write a plain value", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-
-_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-_PLAIN = {"null": r"null|Null|NULL|~|", "bool": r"true|True|TRUE|false|False|FALSE", "int": r"[-+]?(?:0|[1-9][0-9_]*)", "float": _NUMBER}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either YAML version would take for something else."""
-
-
-for _name, _pattern in _PLAIN.items():
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), None)
-_Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-)
-
-
-def _one_line(value: Any) -> str:
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
 @dataclass
 class _Reader:
     """Values of the files and overrides read so far: where each was set, and what was wrong."""
 
+    alone: bool = False
     origins: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     complete: bool = True
@@ -175,7 +147,12 @@ class _Reader:
             return {}
         includes = [(name, value) for name, value in node.value if name.value == "include"]
         merged: dict[str, Any] = {}
-        for _, value in includes[:1]:
+        for name, value in includes[:1]:
+            if self.alone:
+                self.problem(
+                    f"{path}:{name.start_mark.line + 1}", ("include",), "the config of a run or checkpoint includes nothing; remove it"
+                )
+                break
             for included in self._include(value, path, (*including, path)):
                 merged = _merge(merged, included)
         for name, _ in includes[1:]:
@@ -186,13 +163,16 @@ class _Reader:
     def _compose(self, path: Path) -> yaml.MappingNode | None:
         """The file's mapping; None, and a problem, where there is none."""
         try:
-            node = yaml.compose(path.read_bytes().decode("utf-8-sig"), _Loader)
+            if path.stat().st_size > _LARGEST_FILE:
+                self.problem(str(path), (), f"is larger than {_LARGEST_FILE >> 20} MiB: no config")
+                return None
+            node = yaml.compose(path.read_bytes().decode("utf-8-sig"), plainyaml.Loader)
         except OSError as error:
             self.problem(str(path), (), f"cannot be read: {error.strerror}")
         except UnicodeDecodeError as error:
             self.problem(str(path), (), f"is not UTF-8 text (byte {error.start}); save it as UTF-8")
         except (yaml.YAMLError, RecursionError) as error:
-            where, text = _yaml_problem(error)
+            where, text = plainyaml.problem(error)
             self.problem(f"{path}:{where}" if where else str(path), (), text)
         else:
             if isinstance(node, yaml.MappingNode):
@@ -228,9 +208,9 @@ class _Reader:
             self.problem(COMMAND_LINE, (), f"expected section.key=value, found {text!r}")
             return {}
         try:
-            node = yaml.compose(value, _Loader)
+            node = yaml.compose(value, plainyaml.Loader)
         except (yaml.YAMLError, RecursionError) as error:
-            self.problem(COMMAND_LINE, key, f"{_yaml_problem(error)[1]}, in {value!r}; quote text as '\"...\"'")
+            self.problem(COMMAND_LINE, key, f"{plainyaml.problem(error)[1]}, in {value!r}; quote text as '\"...\"'")
             return {}
         for length in range(1, len(key)):
             self.origins.setdefault(key[:length], COMMAND_LINE)
@@ -267,15 +247,6 @@ class _Reader:
             return node.value  # an integer of over 4300 digits; validation refuses it as text
 
 
-def _yaml_problem(error: Exception) -> tuple[int | None, str]:
-    """(line or None, text) of what the YAML parser refused."""
-    mark = getattr(error, "problem_mark", None)
-    text = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
-    if "'\\t'" in text:
-        text += " (indent with spaces, not tabs)"
-    return (mark.line + 1 if mark else None), f"is not valid YAML: {text}"
-
-
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Mappings merge key by key; anything else is replaced."""
     merged = dict(under)
@@ -288,6 +259,14 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _filled(values: dict[str, Any]) -> dict[str, Any]:
     """A section with nothing in it (`zero:`) is an empty mapping, not a null."""
     return {name: {} if value is None and is_section(name) else value for name, value in values.items()}
+
+
+def _secrets(config: Config) -> Iterable[tuple[Key, str]]:
+    """Keys whose values hold a secret. The config is copied into the run's folder, where none may stand, to be compared on resuming."""
+    for key, value in flat(config.model_dump()).items():
+        if found := kinds("\n".join(map(str, value)) if isinstance(value, list) else str(value)):
+            text = f"holds a secret ({found[0]}), and is copied into the run's folder; take it out, keep secrets in the environment"
+            yield tuple(key.split(".")), text
 
 
 # ---- Messages ----

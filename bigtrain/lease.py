@@ -10,7 +10,6 @@ higher one at its next `check` and must write no more.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from bigtrain.errors import RunError, UserError
-from bigtrain.runfolder import RunFolder, machine, process_start, read_json, write_atomically
+from bigtrain.runfolder import RunFolder, machine, process_start, read_json, write_record
 
 POLL_SECONDS = 0.5
 
@@ -115,7 +114,7 @@ class Lease:
             "renewed": time.time(),
             "seconds": self._seconds,
         }
-        write_atomically(self._run.lease, json.dumps(facts, indent=1), durable=False)
+        write_record(self._run.lease, facts, durable=False)
         self._renewed = time.monotonic()
 
     def close(self) -> None:

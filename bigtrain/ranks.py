@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from bigtrain.errors import UserError
@@ -23,20 +24,22 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
             "MASTER_PORT": environment.get("MASTER_PORT", "29500"),
         }
     elif environment.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environment:
-        job = environment.get("SLURM_JOB_ID", "0")
+        job = re.sub(r"[^0-9]", "", environment.get("SLURM_JOB_ID", ""))[-4:] or "0"
         found = {
             "RANK": environment["SLURM_PROCID"],
             "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
             "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
             "MASTER_ADDR": environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR", ""),
             # Below the ephemeral range, and the same on every node without asking anyone.
-            "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job) % 10000),
+            "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job)),
         }
     else:
         return None
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        if not found[name].isdecimal():
-            raise UserError(f"{name}: expected a whole number from the launcher, found {found[name]!r}; start the ranks with a launcher")
+        if not re.fullmatch("[0-9]{1,9}", found[name]):
+            raise UserError(
+                f"{name}: expected a whole number from the launcher, found {found[name][:40]!r}; start the ranks with a launcher"
+            )
     if not int(found["RANK"]) < int(found["WORLD_SIZE"]):
         raise UserError(f"RANK: {found['RANK']} is not below WORLD_SIZE {found['WORLD_SIZE']}; start the ranks with a launcher")
     if not 0 < int(found["MASTER_PORT"]) < 1 << 16:

@@ -24,6 +24,7 @@ import yaml
 from bigtrain.errors import DONE, FAILURE, STOPPED, USER_MISTAKE, UserError
 from bigtrain.report_data import Run, curves, number, numbers, positions, read_run
 from bigtrain.runfolder import RunFolder, write_atomically
+from bigtrain.secrets import redact, redacted
 
 SAMPLE_STEPS = 40
 """Evaluations whose samples are shown, spread over the run."""
@@ -123,7 +124,7 @@ def _charts(keys: Iterable[str]) -> list[Chart]:
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value))
+    return html.escape(redact(str(value)))
 
 
 def _count(n: float) -> str:
@@ -247,7 +248,7 @@ def _attempts(run: Run) -> str:
 
 
 def _details(title: str, mapping: dict[str, Any]) -> str:
-    text = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(redacted(mapping), sort_keys=False, allow_unicode=True, width=120)
     return f"<details><summary>{title}</summary><pre>{_text(text)}</pre></details>" if mapping else ""
 
 

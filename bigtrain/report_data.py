@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -10,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from bigtrain import jsonfile, plainyaml
 from bigtrain.errors import UserError
 from bigtrain.runfolder import RunFolder, latest_rows, read_rows
 
@@ -58,9 +56,11 @@ def read_run(folder: RunFolder, name: str) -> Run:
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():  # a read of a pipe would wait for ever
+            return {}
         text = path.read_text(encoding="utf-8", errors="replace")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        found = jsonfile.parse(text) if path.suffix == ".json" else plainyaml.load(text)
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

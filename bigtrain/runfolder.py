@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from bigtrain.secrets import redacted
+
 OWNER = "BIGTRAIN_OWNER"
 """Variable in which a supervisor tells its ranks the token by which they know the lease of an earlier attempt as their own."""
 
@@ -98,7 +100,7 @@ class RunFolder:
         if "ended" in known and not replace:
             return
         end = {"ended": known.get("ended", time.time()), "exit_code": code, "reason": reason, "restart": restart}
-        write_atomically(self.record(number), json.dumps(known | facts | end, indent=1))
+        write_record(self.record(number), known | facts | end)
 
     def heartbeat(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / "heartbeat" / f"rank-{rank:05d}.json"
@@ -156,6 +158,11 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
         raise
 
 
+def write_record(path: Path, facts: dict[str, Any], durable: bool = True) -> None:
+    """Write a small JSON file of the run, as `write_atomically` does, with what looks like a secret taken out."""
+    write_atomically(path, json.dumps(redacted(facts), indent=1), durable)
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a .jsonl file of the run. A last line cut short by a crash is passed over; a missing file has no rows."""
     if not path.is_file():
@@ -164,7 +171,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)

@@ -1,9 +1,8 @@
 """What a person sees while a run trains, on rank 0.
 
 On a terminal: a header, one progress bar and, above it, evaluations, samples and warnings. Anywhere else (a pipe, a
-scheduler's log): plain lines at a sensible pace, without control characters. Nothing here runs on a thread: the bar is
-repainted by `update`, at most REPAINTS times a second, so that a step pays microseconds. A stream that breaks (a
-closed terminal, `| head`) silences the screen and never stops the run.
+scheduler's log): plain lines at a sensible pace, without control characters and without secrets. Nothing here runs on a
+thread: the bar is repainted by `update`, at most REPAINTS times a second, so that a step pays microseconds.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import math
 import os
 import time
 from typing import Any, TextIO
+
+from bigtrain.secrets import redact
 
 REPAINTS = 4
 """Repaints of the bar a second, at most."""
@@ -22,10 +23,10 @@ Row = dict[str, Any]
 
 
 class Screen:
-    """Shows a run on `stream`; call `close` (contextlib.closing does) so that the terminal gets its cursor back."""
+    """Shows a run on `stream` (logs.RankOutput's: its writes never fail); call `close` (contextlib.closing does) so that the
+    terminal gets its cursor back."""
 
     def __init__(self, stream: TextIO):
-        stream = _Unbreakable(stream)
         terminal = stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
         self._out = _Terminal(stream) if terminal else _Plain(stream)
         self._interval = 1 / REPAINTS if terminal else LINE_SECONDS
@@ -37,7 +38,7 @@ class Screen:
 
     def header(self, facts: dict[str, Any]) -> None:
         """What the run is, as labels and values."""
-        self._out.header({label: _printable(value) for label, value in facts.items()})
+        self._out.header({label: printable(value) for label, value in facts.items()})
 
     def update(self, step: int, total: int, row: Row | None) -> None:
         """The step just done, and the newest training row there is (see metrics.jsonl), None before the first."""
@@ -57,16 +58,16 @@ class Screen:
 
     def sample(self, prompt: str, text: str) -> None:
         """What the model wrote after a prompt."""
-        self._out.sample(_printable(prompt), _printable(text))
+        self._out.sample(printable(prompt), printable(text))
 
     def message(self, text: str) -> None:
-        self._out.line(_printable(text), "")
+        self._out.line(printable(text), "")
 
     def warn(self, text: str) -> None:
         """A warning, shown once however often it is given."""
         if text not in self._warned:
             self._warned.add(text)
-            self._out.line(_printable(f"warning: {text}"), "yellow")
+            self._out.line(printable(f"warning: {text}"), "yellow")
 
     def close(self) -> None:
         """Show the last step and leave the terminal as it was found."""
@@ -85,7 +86,7 @@ class Screen:
 
 
 class _Plain:
-    def __init__(self, stream: _Unbreakable):
+    def __init__(self, stream: TextIO):
         self._stream = stream
 
     def header(self, facts: dict[str, str]) -> None:
@@ -110,7 +111,7 @@ class _Plain:
 
 
 class _Terminal:
-    def __init__(self, stream: _Unbreakable):
+    def __init__(self, stream: TextIO):
         from rich.console import Console
 
         try:
@@ -172,37 +173,9 @@ class _Terminal:
             self._bar = None
 
 
-class _Unbreakable:
-    """A text stream whose writes never fail: what its encoding lacks becomes "?", and after an error it is silent."""
-
-    def __init__(self, stream: TextIO):
-        self._stream: TextIO | None = stream
-        self.encoding = getattr(stream, "encoding", None) or "utf-8"
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def write(self, text: str) -> int:
-        self._try("write", text.encode(self.encoding, "replace").decode(self.encoding))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try("flush")
-
-    def _try(self, method: str, *arguments: str) -> None:
-        if self._stream:
-            try:
-                getattr(self._stream, method)(*arguments)
-            except (OSError, ValueError):  # ValueError: the stream was closed
-                self._stream = None
-
-
-def _printable(value: Any) -> str:
-    """Text whose control characters cannot reach the terminal: a model may well write an escape sequence."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+def printable(value: Any) -> str:
+    """Text whose control characters and secrets cannot reach the terminal: a model may well write an escape sequence."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in redact(str(value)))
 
 
 def numbers(row: Row, brief: bool = False) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
@@ -28,8 +27,8 @@ from bigtrain.lease import Lease
 from bigtrain.logs import RankOutput
 from bigtrain.metrics import peak_memory_gib, peak_tflops
 from bigtrain.ranks import launched
-from bigtrain.runfolder import OWNER, RunFolder, write_atomically
-from bigtrain.screen import Screen
+from bigtrain.runfolder import OWNER, RunFolder, write_record
+from bigtrain.screen import Screen, printable
 from bigtrain.start import complete, create, new_name, open_run, with_data
 from bigtrain.trackers import Trackers
 from bigtrain.watchdog import Pulse, Watchdog, patience
@@ -52,7 +51,7 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # until the trainer answers them
             signal.signal(number, signal.default_int_handler)
         config, attempt, checkpoints = _decide(config, world, new, output.screen)
-        output.attach(attempt.run.log(attempt.number, rank))
+        output.attach(attempt.run.log(attempt.number, rank), screen.warn if rank == 0 else None)
         run, number, timeout = attempt.run, attempt.number, config.launch.timeout
         watchdog = Watchdog(run, number, rank, world.size, pulse, timeout, output.screen, attempt.lease)
         watchdog.start()
@@ -61,7 +60,7 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         code, reason = error.code, str(error)
         if rank == 0 or (alone and isinstance(error, RunError)):  # else rank 0 says the same
             screen.close()
-            output.screen.write(f"bigtrain: {reason}\n")
+            output.screen.write(f"bigtrain: {printable(reason)}\n")
         print(f"bigtrain: {reason}", file=sys.stderr)
     except KeyboardInterrupt:
         code, reason = STOPPED, "stopped on request before the first step; the same command starts again"
@@ -75,7 +74,9 @@ def run_rank(config: Config, hardware: Hardware, output: RankOutput, new: bool) 
         where = attempt.run.log(attempt.number, rank) if attempt else "above"
         screen.close()
         output.screen.write(output.unlogged())
-        output.screen.write(f"bigtrain: rank {rank} failed: {reason.splitlines()[0][:300]}\nbigtrain: the whole story: {where}\n")
+        output.screen.write(
+            f"bigtrain: rank {rank} failed: {printable(reason).splitlines()[0][:300]}\nbigtrain: the whole story: {where}\n"
+        )
     finally:
         screen.close()
         if watchdog:
@@ -115,10 +116,10 @@ class Attempt:
 
     def begin(self, ranks: int) -> None:
         facts = {"attempt": self.number, "host": socket.gethostname(), "pid": os.getpid(), "ranks": ranks, "started": time.time()}
-        self._try(lambda: write_atomically(self.run.record(self.number), json.dumps(facts, indent=1)))
+        self._try(lambda: write_record(self.run.record(self.number), facts))
 
     def environment(self, facts: dict[str, Any]) -> None:
-        self._try(lambda: write_atomically(self.run.attempt(self.number) / "environment.json", json.dumps(facts, indent=1)))
+        self._try(lambda: write_record(self.run.attempt(self.number) / "environment.json", facts))
 
     def end(self, code: int, reason: str, restart: bool) -> None:
         """Say how the attempt ended, if nobody has (the rank that found a hang), and give the run back."""
@@ -265,7 +266,7 @@ def _environment(
 
 def _git_commit() -> str | None:
     try:
-        described = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        described = ["git", "describe", "--always", "--dirty", "--abbrev=16", "--exclude=*"]
         return subprocess.run(described, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

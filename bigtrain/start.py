@@ -91,7 +91,7 @@ def open_run(config: Config) -> Start:
         _check_init(config)
         if not run.metrics.is_file():  # it has failed before its first step: whatever is tried next is tried here
             return start
-    changed = differences(configfile.load(run.config), config, ignore=MAY_DIFFER_ON_RESUME)
+    changed = differences(configfile.load_saved(run.config), config, ignore=MAY_DIFFER_ON_RESUME)
     if changed:
         shown = "\n  ".join(changed[:12]) + (f"\n  and {len(changed) - 12} more" if len(changed) > 12 else "")
         raise UserError(
@@ -113,7 +113,7 @@ def _check_init(config: Config) -> None:
         checkpoint = format.find(Path(config.init.checkpoint))
     except UserError as error:
         raise UserError(f"init.checkpoint: {error}") from None
-    there, here = _meaning(configfile.load(checkpoint / "config.yaml")), _meaning(config)
+    there, here = _meaning(configfile.load_saved(checkpoint / "config.yaml")), _meaning(config)
     changed = [f"model.{key}: {there[key]} -> {here[key]}" for key in here if there[key] != here[key]]
     if changed:
         raise UserError(f"init.checkpoint: {checkpoint} holds another model ({'; '.join(changed)}); use its config.yaml's model section")

@@ -4,8 +4,8 @@ The files are written at once, one unbuffered write a row, so that a crash loses
 trackers are conveniences: each works on its own thread behind a bounded queue, imports its library there when the
 first row arrives, and is switched off with one warning when anything goes wrong. None of them can stop or slow a step.
 
-Numbers that are not finite stand in the files as the strings "NaN", "Infinity" and "-Infinity", because JSON has no
-such numbers; `float()` reads them all.
+No secret gets past `log` and `log_samples` (see secrets.py). Numbers that are not finite stand in the files as the
+strings "NaN", "Infinity" and "-Infinity", because JSON has no such numbers; `float()` reads them all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from bigtrain.config import Tracking
 from bigtrain.runfolder import RunFolder
+from bigtrain.secrets import redacted
 
 QUEUED_ROWS = 1000
 INIT_SECONDS = 20
@@ -43,6 +44,7 @@ class Trackers:
 
     def __init__(self, tracking: Tracking, run: RunFolder, attempt: int, resolved_config: dict[str, Any], warn: Callable[[str], None]):
         self._stamp = {"attempt": attempt}
+        resolved_config = redacted(resolved_config)
         self._warn = warn
         self._metrics = _JsonLines(run.metrics, warn)
         self._samples = _JsonLines(run.samples, warn)
@@ -55,14 +57,14 @@ class Trackers:
 
     def log(self, row: Row) -> None:
         """Append a training or evaluation row; it needs `step`. `attempt` and `time` (seconds since 1970) are added."""
-        row = self._stamp | {"time": round(time.time(), 3)} | row
+        row = redacted(self._stamp | {"time": round(time.time(), 3)} | row)
         self._metrics.write([row])
         self._pass_on("log", row)
 
     def log_samples(self, rows: list[Row]) -> None:
         """Append what the model wrote: rows of `step`, `prompt` and `text`, all of one step."""
         if rows:
-            rows = [self._stamp | row for row in rows]
+            rows = redacted([self._stamp | row for row in rows])
             self._samples.write(rows)
             self._pass_on("log_samples", rows)
 

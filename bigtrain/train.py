@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
@@ -101,6 +101,7 @@ class Trainer:
         self.flops_per_token = self.engine.module.flops_per_token(config.data.sequence_length)
         self.unlogged: Step | None = None
         self.step_seconds = 0.0  # how long the step before took, over all ranks
+        self.damage: str | None = None  # what this rank has found wrong with its data
         self.stop: int | None = None  # the signal that asked this rank to stop
         for number in STOP_SIGNALS:
             signal.signal(number, lambda arrived, frame: setattr(self, "stop", arrived))
@@ -128,7 +129,7 @@ class Trainer:
                 while progress.step < config.train.steps:
                     started = time.perf_counter()
                     self.pulse("data", progress.step + 1, progress.position)
-                    micro_batches, position = next(batches)
+                    micro_batches, position = self.take(batches)
                     self.unlogged = self.train_step(micro_batches, started)
                     progress.step, progress.position, self.evaluated = progress.step + 1, position, {}
                     last = progress.step == config.train.steps
@@ -144,6 +145,14 @@ class Trainer:
         except BigtrainError:  # all ranks have agreed on it, so a checkpoint that is being written can be finished
             self.finish_saving()
             raise
+
+    def take(self, batches: Iterator[tuple[list[dict[str, Any]], int]]) -> tuple[list[dict[str, Any]], int]:
+        """This rank's micro-batches of the next step. Damaged data is found by one rank alone: it is kept for `agree`."""
+        try:
+            return next(batches)
+        except UserError as error:
+            self.damage = str(error)
+            return [], self.progress.position
 
     def train_step(self, micro_batches: list[dict[str, Any]], started: float) -> Step:
         """One update of the weights from this rank's part of a global batch.
@@ -178,8 +187,8 @@ class Trainer:
 
     def agree(self, tokens: int) -> float:
         """The one small all-reduce of a step: target tokens of the global batch, the loss and time of the step before, whether a
-        checkpoint could not be written, and whether any rank was asked to stop, in which case every rank saves and raises
-        StopRequested."""
+        checkpoint could not be written, whether any rank has found its data damaged, which every rank raises as a UserError, and
+        whether any rank was asked to stop, in which case every rank saves and raises StopRequested."""
         self.pulse("agree")
         before = self.unlogged
         mine = [
@@ -187,13 +196,16 @@ class Trainer:
             before.loss_sum.value() if before else 0.0,
             before.seconds if before else 0.0,
             self.saver.failed,
+            self.damage is not None,
             self.stop is not None,
         ]
-        tokens_sum, loss_sum, seconds, failed, stops = self.world.sum(mine)
+        tokens_sum, loss_sum, seconds, failed, damaged, stops = self.world.sum(mine)
         self.step_seconds = seconds / self.world.size
         self.log(loss_sum)
         if failed:
             self.finish_saving()
+        if damaged:
+            raise UserError(next(filter(None, self.world.gather(self.damage))))
         if stops:
             self.stop_now(f"after step {self.progress.step}")
         return max(1.0, tokens_sum)

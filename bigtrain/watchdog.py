@@ -21,7 +21,7 @@ from typing import Any, TextIO, TypeVar
 
 from bigtrain.errors import HANG
 from bigtrain.lease import Lease
-from bigtrain.runfolder import RunFolder, machine, process_start, write_atomically
+from bigtrain.runfolder import RunFolder, machine, process_start, write_record
 
 INTERVAL = 1.0  # seconds between heartbeats
 START_SECONDS = 300.0
@@ -128,7 +128,7 @@ class Watchdog:
 
         def write() -> None:
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, json.dumps(self._who | now | (ended or {})), durable=False)
+            write_record(path, self._who | now | (ended or {}), durable=False)
 
         self._try(write)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run(script: str, folder: Path) -> tuple[str, str]:
+def run(script: str, folder: Path, errors: str = "strict") -> tuple[str, str]:
     """Run a process that has a RankOutput `output`; gives what the screen saw and what is in the log."""
     prelude = "import os, sys\nfrom pathlib import Path\nfrom bigtrain.logs import RankOutput\noutput = RankOutput()\n"
     done = subprocess.run(
@@ -15,7 +15,7 @@ def run(script: str, folder: Path) -> tuple[str, str]:
     )
     assert done.stderr == ""
     log = folder / "rank.log"
-    return done.stdout, log.read_text() if log.exists() else ""
+    return done.stdout, log.read_text(errors=errors) if log.exists() else ""
 
 
 def test_chatter_lands_in_the_log_in_order(tmp_path):
@@ -52,13 +52,62 @@ output.screen.write(repr(output.unlogged()))
     assert "warning" in log and "later" in log
 
 
-def test_a_log_that_cannot_be_opened_loses_nothing(tmp_path):
+def test_a_log_that_cannot_be_opened_stops_nothing_and_loses_nothing(tmp_path):
     script = """
 print("chatter")
-try: output.attach(Path("no/such/folder/rank.log"))
-except OSError: output.screen.write(output.unlogged())
+output.attach(Path("no/such/folder/rank.log"), output.screen.write)
+print("more")
+output.screen.write("\\n" + output.unlogged())
 """
-    assert run(script, tmp_path)[0] == "chatter\n"
+    warning, _, rest = run(script, tmp_path)[0].partition("\n")
+    assert warning.startswith("this rank's log cannot be written (No such file or directory)") and "training goes on" in warning
+    assert rest == "chatter\nmore\n"
+
+
+def test_a_full_disk_is_warned_of_once_and_stops_nothing(tmp_path):
+    script = """
+print("early")
+output.attach(Path("/dev/full"), lambda text: output.screen.write(text + "\\n"))
+for i in range(100):
+    print("x" * 10000, flush=True); sys.stderr.write("y"); sys.stderr.flush(); sys.stdout.buffer.write(b"z\\n")
+print("end"); sys.stdout.flush()
+"""
+    screen, _ = run(script, tmp_path)
+    assert screen.count("\n") == 1 and screen.startswith("this rank's log cannot be written (No space left on device)")
+
+
+def test_no_secret_reaches_the_log(tmp_path):
+    """However it is written by Python, in one piece or in several, before there is a log or after."""
+    script = """
+import logging
+KEY, PEM = "hf_" + "aBcD" * 8, ["-----BEGIN PRIVATE KEY-----", "c2VjcmV0c2VjcmV0", "-----END PRIVATE KEY-----"]
+def chatter():
+    print("printed", KEY, os.environ["SERVICE_TOKEN"])
+    for piece in ("hf_aB", KEY[5:], " in two pieces\\n"): sys.stderr.write(piece)
+    logging.warning("logged %s", KEY)
+    for line in PEM: print(line, flush=True)
+    print(repr(os.environ["SERVICE_TOKEN"]), "\\ud800", flush=True)
+    sys.stdout.buffer.write(KEY.encode() + b" as bytes \\xff\\n")
+    print("begun", end="", flush=True); print(", ended")
+os.environ["SERVICE_TOKEN"] = "c0rrect horse, \\u00e9"
+chatter()
+os.write(1, KEY.encode() + b" from C\\n")
+assert "aBcD" not in output.unlogged()
+output.attach(Path("rank.log"))
+chatter()
+"""
+    log = run(script, tmp_path, errors="surrogateescape")[1]
+    assert not [part for part in ("aBcD", "c2Vj", "horse") if part in log], log
+    for line, times in {
+        "printed [redacted: Hugging Face token] [redacted: SERVICE_TOKEN]": 2,
+        "[redacted: Hugging Face token] in two pieces": 2,
+        "logged [redacted: Hugging Face token]": 2,
+        "[redacted: private key]": 2,
+        "[redacted: Hugging Face token] as bytes \udcff": 2,
+        "begun, ended": 2,
+        "[redacted: Hugging Face token] from C": 1,
+    }.items():
+        assert log.count(line) == times, (line, log)
 
 
 def test_a_crash_in_c_leaves_its_python_stack_in_the_log(tmp_path):

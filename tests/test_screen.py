@@ -1,6 +1,7 @@
 """The screen: calm lines in a log, one bar on a terminal, and no way to harm the run or the terminal."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import bigtrain
 from bigtrain import screen
+from bigtrain.logs import Unbreakable
 from bigtrain.screen import Screen, duration, numbers
 
 ROW = {"step": 9, "loss": 3.14159, "lr": 3e-4, "grad_norm": 1.234, "tokens_per_s": 12345.6, "mfu": 0.4321, "memory_gib": 61.25}
@@ -139,35 +141,46 @@ def test_the_bar_is_repainted_four_times_a_second_and_leaves_the_cursor(clock, m
     assert "1,000/100,000" in shown(stream)
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe"), ValueError("closed file")])
-def test_a_stream_that_breaks_does_not_stop_the_run(stream, error):
+def rank_stream(descriptor, terminal, encoding="utf-8"):
+    """What a rank's screen writes to, on a file descriptor that is taken for a terminal or not."""
+    raw = Unbreakable(descriptor)
+    raw.isatty = lambda: terminal
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors="replace")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("kind", ["closed pipe", "full disk"])
+def test_a_stream_that_breaks_does_not_stop_the_run(terminal, kind, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    reading, broken = os.pipe() if kind == "closed pipe" else (os.open(os.devnull, os.O_RDONLY), os.open("/dev/full", os.O_WRONLY))
+    os.close(reading)
+    with pytest.raises(OSError):
+        os.write(broken, b"x")
+    stream = rank_stream(broken, terminal)
     shows = Screen(stream)
-    shows.update(1, 100, ROW)
-
-    def broken(*arguments):
-        raise error
-
-    stream.write = stream.flush = broken
-    for step in range(2, 101):
+    for step in range(1, 101):
         shows.update(step, 100, ROW)
     shows.header({"Model": "small"})
     shows.sample("a", "b")
     shows.warn("careful")
     shows.close()
+    stream.flush()
+    os.close(broken)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_stream_that_knows_only_ascii(terminal, monkeypatch):
+def test_a_stream_that_knows_only_ascii(terminal, monkeypatch, tmp_path):
     monkeypatch.setenv("TERM", "xterm")
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding="ascii")
-    stream.isatty = lambda: terminal
-    shows = Screen(stream)
-    shows.header({"Model": "größer"})
-    shows.update(1, 10, ROW)
-    shows.sample("naïve ", "\u4e16\u754c \ud800")
-    shows.close()
-    assert b"gr??er" in raw.getvalue() and b"na?ve" in raw.getvalue()
+    with open(tmp_path / "out", "wb") as file:
+        stream = rank_stream(file.fileno(), terminal, "ascii")
+        shows = Screen(stream)
+        shows.header({"Model": "größer"})
+        shows.update(1, 10, ROW)
+        shows.sample("naïve ", "\u4e16\u754c \ud800")
+        shows.close()
+        stream.flush()
+    raw = (tmp_path / "out").read_bytes()
+    assert b"gr??er" in raw and b"na?ve" in raw
 
 
 def test_a_log_needs_no_rich():

@@ -30,7 +30,7 @@ class Output:
     def __init__(self):
         self.screen, self.attached = io.StringIO(), None
 
-    def attach(self, log):
+    def attach(self, log, warn=None):
         self.attached = log
 
     def unlogged(self):

@@ -154,6 +154,10 @@ def read_index(checkpoint: Path) -> Index:
             if not all(type(n) is int and n >= 0 for n in [*shape]):
                 raise RunError(f"{path}: damaged (the shape of {name} is {shape!r:.80})")
         for f in index.fragments:
+            if not all(isinstance(text, str) for text in (f.parameter, f.kind, f.file, f.key)):
+                raise RunError(
+                    f"{path}: damaged (a fragment of {f.parameter!r:.80} with the file {f.file!r:.80} and the key {f.key!r:.80})"
+                )
             if not (type(f.offset) is int and type(f.length) is int and f.offset >= 0 and f.length >= 0 and f.parameter in index.shapes):
                 raise RunError(f"{path}: damaged (a fragment of {f.parameter!r:.80} at {f.offset!r:.80}, {f.length!r:.80} long)")
         for name in {f.file for f in index.fragments}:

@@ -178,15 +178,17 @@ def restore(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> 
     reader = Reader(checkpoint)
     if kind not in reader.index.kinds:
         raise _no_average(reader)
-    config = configfile.load(checkpoint / "config.yaml")
+    config = configfile.load_saved(checkpoint / "config.yaml")
+    if config.model.layers > len(reader.index.shapes):  # before a model of a billion layers is built to be compared
+        raise RunError(f"{checkpoint}: holds {len(reader.index.shapes)} parameters, its config.yaml says {config.model.layers} layers")
     try:
         backends = resolve_backends(device, config.kernels.backend, config.kernels.choices)
     except ValueError:  # trained with Triton on a GPU, looked at on a machine without one
         backends = resolve_backends(device)
     with torch.device("meta"):
         model = Transformer(config.model, config.model.vocab_size, backends)
-    model = model.to_empty(device=device).to(dtype)
     check_shapes(checkpoint, reader.index, {name: list(p.shape) for name, p in model.named_parameters()})
+    model = model.to_empty(device=device).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.tensor(name, kind))

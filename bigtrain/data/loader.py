@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bigtrain.config import Batch, Config
+from bigtrain.data.check import Check
 from bigtrain.data.order import Order
 from bigtrain.data.pack import Sample, pack, padding
 from bigtrain.data.shards import TokenStore
@@ -50,8 +51,12 @@ class Loader:
     def steps(self, start: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
         """What `step` gives from position `start` on, for ever, made in a background thread a step or two ahead.
 
-        An error in the thread is raised here at the step that it belongs to. Closing the iterator ends the thread.
+        An error in the thread is raised here at the step that it belongs to. Beside it this rank's share of the files is
+        compared with its checksums; UserError is raised at the step after one was found to differ. Closing the iterator ends
+        both threads.
         """
+        check = Check(self.reader.store, self.rank, self.shape.ranks)
+        check.start()
         pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         waiting: deque[Future] = deque()
         try:
@@ -59,8 +64,11 @@ class Loader:
                 while len(waiting) < _STEPS_AHEAD:
                     waiting.append(pool.submit(self.step, start))
                     start += self.shape.global_batch
-                yield waiting.popleft().result()
+                step = waiting.popleft().result()
+                check.refuse()
+                yield step
         finally:
+            check.stop()
             pool.shutdown(cancel_futures=True)
 
 

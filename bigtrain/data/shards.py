@@ -17,12 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from bigtrain.config import Section
+from bigtrain import jsonfile
+from bigtrain.config import Count, Positive, Section
+from bigtrain.configschema import short
 from bigtrain.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -34,29 +36,41 @@ class TokenizerInfo(Section):
     """What a task needs to know of the tokenizer without loading it."""
 
     fingerprint: str
-    vocab_size: int
-    eod_id: int
-    mask_id: int | None
+    vocab_size: Positive
+    eod_id: Count
+    mask_id: Count | None
+
+    @model_validator(mode="after")
+    def _known(self):
+        if max(self.eod_id, self.mask_id or 0) >= self.vocab_size:
+            raise ValueError(f"eod_id or mask_id is beyond vocab_size {self.vocab_size}")
+        return self
 
 
 class Shard(Section):
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """File name without the suffix (.tokens, .bytes)."""
-    tokens: int
+    tokens: Positive
     tokens_sha256: str
     bytes_sha256: str
 
 
 class Split(Section):
-    documents: int
-    tokens: int
-    bytes: int
+    documents: Positive
+    tokens: Positive
+    bytes: Count
     """UTF-8 bytes of text."""
-    largest_token: int
+    largest_token: Count
     token_dtype: Literal["<u2", "<u4"]
     byte_dtype: Literal["|u1", "<u2", "<u4"]
     shards: list[Shard]
     documents_sha256: str
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if sum(shard.tokens for shard in self.shards) != self.tokens:
+            raise ValueError(f"the shards do not sum to {self.tokens} tokens")
+        return self
 
     def files(self, name: str) -> dict[str, tuple[int, str]]:
         """Size in bytes and sha256 of each file of the split called `name`."""
@@ -71,10 +85,10 @@ class Manifest(Section):
     format: Literal[1] = 1
     data: dict[str, str | int | float | list[str] | None]
     """The keys of the data config that decided what is here."""
-    duplicates: int
+    duplicates: Count
     """Documents left out because their text had come before."""
     tokenizer: TokenizerInfo
-    splits: dict[Literal["train", "validation"], Split]
+    splits: Annotated[dict[Literal["train", "validation"], Split], Field(min_length=len(SPLITS))]
 
     @property
     def fingerprint(self) -> str:
@@ -87,15 +101,19 @@ class Manifest(Section):
         """Raises UserError for a folder without a manifest, or with one that is damaged or of another format."""
         path = Path(folder) / MANIFEST
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = jsonfile.read(path)
+            if not isinstance(stored, dict):
+                raise ValueError("it holds no JSON object")
             fingerprint = stored.pop("fingerprint")
             if stored["format"] != 1:
-                raise UserError(f"{path}: format {stored['format']}, this version of bigtrain reads format 1; prepare the data again")
+                raise UserError(
+                    f"{path}: format {short(stored['format'])}, this version of bigtrain reads format 1; prepare the data again"
+                )
             manifest = cls.model_validate(stored)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: no prepared data in {folder}; prepare it first, or set data.folder") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # ValidationError is a ValueError
-            reason = _first(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+        except (OSError, ValueError, KeyError) as error:  # ValidationError is a ValueError
+            reason = _first(error) if isinstance(error, ValidationError) else f"{type(error).__name__}: {str(error)[:200]}"
             raise UserError(f"{path}: damaged ({reason}); remove the folder and prepare the data again") from None
         if fingerprint != manifest.fingerprint:
             raise UserError(f"{path}: damaged (its fingerprint does not match its content); remove the folder and prepare the data again")
@@ -104,37 +122,29 @@ class Manifest(Section):
     def text(self) -> str:
         return json.dumps({**self.model_dump(), "fingerprint": self.fingerprint}, indent=1) + "\n"
 
-    def verify(self, folder: str | Path) -> None:
-        """Read every file and compare its checksum: UserError for the first that has changed or cannot be read."""
-        for name, split in self.splits.items():
-            for file, (_, expected) in split.files(name).items():
-                path = Path(folder) / file
-                sha256 = hashlib.sha256()
-                try:
-                    with open(path, "rb") as stream:
-                        while block := stream.read(1 << 20):
-                            sha256.update(block)
-                except OSError as error:
-                    raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again or prepare the data again") from None
-                if sha256.hexdigest() != expected:
-                    raise UserError(f"{path}: has changed since it was prepared; copy it again or prepare the data again")
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes and sha256 of each file."""
+        return {file: facts for name, split in self.splits.items() for file, facts in split.files(name).items()}
 
 
 class TokenStore:
     """The token stream of one split. Positions count tokens from its beginning; `stop` is exclusive, as in a slice.
 
-    Raises UserError when a file is missing or not of the size that the manifest promises.
+    Raises UserError when a file is missing, not of the size that the manifest promises, or a link to somewhere else.
     """
 
     def __init__(self, folder: str | Path, split: Literal["train", "validation"]):
         self.folder, self.split = Path(folder), split
         self.manifest = Manifest.read(folder)
         self.info = self.manifest.splits[split]
+        home = self.folder.resolve()
         for name, (expected, _) in self.info.files(split).items():
             path = self.folder / name
+            if not path.resolve().is_relative_to(home):
+                raise UserError(f"{path}: is a link to {path.resolve()}, outside the folder; put the file itself there")
             found = path.stat().st_size if path.is_file() else None
             if found != expected:
-                state = "is missing" if found is None else f"has {found} bytes"
+                state = f"has {found} bytes" if found is not None else "is no regular file" if path.exists() else "is missing"
                 raise UserError(f"{path}: {state}, expected {expected} bytes; copy it again or prepare the data again")
         self._ends = np.cumsum([shard.tokens for shard in self.info.shards])
         self._documents = np.asarray(np.memmap(self.folder / f"{split}.documents", "<u8", "r"))
@@ -166,7 +176,10 @@ class TokenStore:
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Positions in [start, stop) at which a document begins, int64, ascending."""
         first, last = np.searchsorted(self._documents, np.array([start, stop], np.uint64))
-        return self._documents[first:last].astype(np.int64)
+        starts = self._documents[first:last].astype(np.int64)
+        if len(starts) and not (start <= starts[0] and starts[-1] < stop and (np.diff(starts) > 0).all()):
+            raise UserError(f"{self.folder / self.split}.documents: positions do not ascend: the file is damaged; prepare the data again")
+        return starts
 
     def locate(self, position: int) -> tuple[Path, int]:
         """The file that holds a token, and the token's number in it."""

@@ -16,6 +16,7 @@ from bigtrain.errors import UserError
 # output), hold files that are broken on purpose, and are left out by many distributions. lib2to3 and idlelib stay: they
 # are ordinary code, only their tests go.
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_LONGEST_LINE = 1 << 28  # bytes of a line of JSON: a file of another kind would be read into memory whole
 
 
 class Document(NamedTuple):
@@ -64,9 +65,13 @@ def _jsonl(data: Data) -> Iterator[Document]:
     for path in _files(data, "*.jsonl"):
         try:
             with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
+                number = 0
+                while line := file.readline(_LONGEST_LINE + 1):
+                    number += 1
+                    row = f"{path}:{number}"
+                    if len(line) > _LONGEST_LINE:
+                        raise UserError(f"{row}: longer than {_LONGEST_LINE >> 20} MiB; every line must be one JSON object: split it")
                     if line.strip():
-                        row = f"{path}:{number}"
                         yield Document(row, _field(_decode(line, row), data.field, row))
         except OSError as error:
             raise _unreadable(path, error) from None
@@ -80,6 +85,9 @@ def _field(line: str, field: str, row: str) -> str:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{row}: not JSON ({error.msg}, column {error.colno}); every line must be one JSON object") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        raise UserError(f"{row}: not JSON that can be read ({reason}); mend the row or take it out") from None
     if not isinstance(value, dict):
         raise UserError(f"{row}: expected a JSON object with the field {field!r}, found {_kind(value)}")
     if field not in value:
@@ -104,8 +112,10 @@ def _files(data: Data, pattern: str) -> Iterator[Path]:
     for root in roots(data):
         if root.is_dir():
             yield from _walk(root, pattern)
-        elif root.exists():
+        elif root.is_file():
             yield root
+        elif root.exists():
+            raise UserError(f"data.path: {root} is a device or a pipe; give a file or a folder")
         else:
             raise UserError(f"data.path: {root} does not exist; give a file or a folder (from {Path.cwd()})")
 

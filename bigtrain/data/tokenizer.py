@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from bigtrain import jsonfile
 from bigtrain.errors import UserError
 
 Encoded = tuple[np.ndarray, np.ndarray]
 """Ids (uint32) and, for each, the bytes of text behind it (uint32)."""
+
+_LARGEST_VOCABULARY = 1 << 24  # a list as long as the largest id is made, and no tokenizer comes near
 
 EOD = "<|endoftext|>"
 MASK = "<|mask|>"
@@ -92,7 +95,10 @@ class Subword(Tokenizer):
 
     def __init__(self, backend, special: dict[str, str], name: str):
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        special = {role: token for role, token in special.items() if isinstance(token, str)}
         eod = special.get("eos_token") or special.get("sep_token")
+        if max(vocabulary.values(), default=0) >= _LARGEST_VOCABULARY:
+            raise UserError(f"{name}: has a token of number {max(vocabulary.values())}: the file is damaged; prepare the data again")
         if eod not in vocabulary:
             raise UserError(
                 f"{name}: has no token to end a document; give its tokenizer_config.json an eos_token or a sep_token of its vocabulary"
@@ -149,16 +155,20 @@ class Subword(Tokenizer):
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """Read what `Tokenizer.save` wrote. Raises UserError for a folder that is missing or damaged."""
+    """Read what `Tokenizer.save` wrote; nothing in it is run. Raises UserError for a folder that is missing or damaged."""
     folder = Path(folder)
+    settings, vocabulary = folder / "tokenizer_config.json", folder / "tokenizer.json"
     try:
-        special = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        for path in (settings, vocabulary):
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder")
+        special = jsonfile.read(settings)
         if special.pop("tokenizer_class") == "bigtrain.bytes":
             return Bytes()
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        text = jsonfile.read_text(vocabulary)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder}: not a tokenizer saved by bigtrain ({error}); prepare the data again") from None
-    return Subword(_backend(text, folder / "tokenizer.json"), special, str(folder))
+    return Subword(_backend(text, vocabulary), special, str(folder))
 
 
 def from_hugging_face(folder: str | Path) -> Tokenizer:
@@ -170,16 +180,18 @@ def from_hugging_face(folder: str | Path) -> Tokenizer:
         raise UserError(
             f"data.tokenizer: {str(folder)!r} is neither bytes nor bpe nor a folder; download the tokenizer and give its folder"
         )
+    for path in Path(folder).iterdir():
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"data.tokenizer: {path} is no regular file; take it out of the folder")
     from transformers import AutoTokenizer
 
     try:
         found = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises almost anything here
-        raise UserError(f"data.tokenizer: {folder} does not load as a Hugging Face tokenizer: {str(error).splitlines()[0]}") from None
+        raise UserError(f"data.tokenizer: {folder} does not load as a Hugging Face tokenizer: {_first_line(error)}") from None
     if not found.is_fast:
         raise UserError(f"data.tokenizer: {folder} has no fast tokenizer; convert it so that the folder has a tokenizer.json")
-    special = {name: str(token) for name, token in found.special_tokens_map.items() if isinstance(token, str)}
-    return Subword(found.backend_tokenizer, special, f"data.tokenizer: {folder}")
+    return Subword(found.backend_tokenizer, found.special_tokens_map, f"data.tokenizer: {folder}")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -207,7 +219,11 @@ def _backend(text: str, path: Path):
     try:
         return Backend.from_str(text)
     except Exception as error:  # the library raises a bare Exception
-        raise UserError(f"{path}: damaged ({error}); prepare the data again") from None
+        raise UserError(f"{path}: damaged ({_first_line(error)}); prepare the data again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _byte_pieces(backend, vocabulary: dict[str, int], vocab_size: int) -> list[bytes] | None:
@@ -221,6 +237,8 @@ def _byte_pieces(backend, vocabulary: dict[str, int], vocab_size: int) -> list[b
     pieces = [b""] * vocab_size
     for token, i in vocabulary.items():
         if i not in added:
+            if not byte_of.keys() >= set(token):
+                return None
             pieces[i] = bytes(byte_of[character] for character in token)
         elif not added[i].special:
             pieces[i] = added[i].content.encode()

@@ -25,6 +25,8 @@ class Masked(Causal):
         super().__init__(config)
         if tokenizer.mask_id is None:
             raise UserError("train.task: masked needs a tokenizer with a mask token; set data.tokenizer to bytes, bpe or one that has it")
+        if (rows := config.model.vocab_size) and rows < tokenizer.vocab_size:  # a hidden token may become any other
+            raise UserError(f"model.vocab_size: {rows} is too small for train.task masked; set it to {tokenizer.vocab_size} or more")
         self.tokenizer = tokenizer
         self.seed, self.mask_fraction = config.train.seed, config.train.mask_fraction
 

@@ -1,6 +1,7 @@
 import pytest
 
 from bigtrain.config import Config, Data
+from bigtrain.data.check import Check
 from bigtrain.data.prepare import prepare
 from bigtrain.data.shards import TokenStore
 
@@ -58,3 +59,16 @@ def config(data):
 def store(texts, data):
     """The training split, as bytes, in several shards."""
     return TokenStore(prepare(data()), "train")
+
+
+@pytest.fixture
+def verify():
+    """Compare every file that belongs to a store with its checksum."""
+
+    def run(store: TokenStore) -> None:
+        check = Check(store, 0, 1)
+        check.start()
+        check.wait()
+        check.refuse()
+
+    return run

@@ -130,7 +130,7 @@ def test_a_bad_source_leaves_nothing(texts, data, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["texts"]
 
 
-def test_the_process_that_comes_second_takes_the_first_ones_work(texts, data, monkeypatch):
+def test_the_process_that_comes_second_takes_the_first_ones_work(texts, data, verify, monkeypatch):
     write = module._write
 
     def slow(*arguments):
@@ -141,7 +141,7 @@ def test_the_process_that_comes_second_takes_the_first_ones_work(texts, data, mo
     monkeypatch.setattr(module, "_write", slow)
     monkeypatch.setattr(module.os, "getpid", iter([1, 2]).__next__)
     folder = prepare(data())
-    Manifest.read(folder).verify(folder)
+    verify(TokenStore(folder, "train"))
     assert sorted(p.name for p in folder.parent.iterdir()) == ["prepared", "texts"]
 
 

@@ -1,8 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from bigtrain.data import check
+from bigtrain.data.check import Check
 from bigtrain.data.prepare import prepare
 from bigtrain.data.shards import Manifest, TokenStore
 from bigtrain.errors import UserError
@@ -44,16 +47,51 @@ def test_a_missing_or_short_file_is_named(store):
 
 
 @pytest.mark.parametrize("file", ["train-00001.tokens", "train-00000.bytes", "validation.documents"])
-def test_verify_finds_a_flipped_bit(store, file):
-    store.manifest.verify(store.folder)
+def test_a_flipped_bit_is_found(store, verify, file):
+    verify(store)
     raw = bytearray((store.folder / file).read_bytes())
     raw[5] ^= 1
     (store.folder / file).write_bytes(raw)
     with pytest.raises(UserError, match=f"{file}: has changed since it was prepared"):
-        store.manifest.verify(store.folder)
+        verify(store)
     (store.folder / file).unlink()
     with pytest.raises(UserError, match=f"{file}: cannot be read .No such file"):
-        store.manifest.verify(store.folder)
+        verify(store)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 100])
+def test_the_ranks_read_every_file_once(store, ranks):
+    shares = [[name for name, _ in Check(store, rank, ranks)._files] for rank in range(ranks)]
+    assert sorted(name for share in shares for name in share) == sorted(store.manifest.files())
+    assert {p.name for p in store.folder.iterdir() if p.is_file()} - {"manifest.json"} == store.manifest.files().keys()
+
+
+def test_the_check_leaves_most_of_the_time_to_others(store, monkeypatch):
+    """It rests nine times as long as it works, and a stop does not wait for it to finish."""
+    rests = []
+    one = Check(store, 0, 1)
+    monkeypatch.setattr(one._stop, "wait", lambda seconds: rests.append(seconds))
+    clock = iter(range(1000))
+    monkeypatch.setattr(check, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    one.start()
+    one.wait()
+    assert rests == [9.0] * len(one._files)
+    stopped = Check(store, 0, 1)
+    stopped._stop.set()
+    (store.folder / stopped._files[1][0]).unlink()
+    stopped.start()
+    stopped.wait()
+    stopped.refuse()  # it did not get to the second file
+
+
+@pytest.mark.parametrize("values", [[5, 3, 8], [0, 0, 0], [2**63, 0, 2**64 - 1]], ids=str)
+def test_document_positions_that_do_not_ascend_are_refused(store, values):
+    path = store.folder / "train.documents"
+    positions = np.fromfile(path, "<u8")
+    positions[: len(values)] = values
+    positions.tofile(path)
+    with pytest.raises(UserError, match="train.documents: positions do not ascend: .*prepare the data again"):
+        TokenStore(store.folder, "train").document_starts(0, len(store))
 
 
 def test_no_manifest_is_named(tmp_path):
@@ -65,7 +103,8 @@ def test_no_manifest_is_named(tmp_path):
     "change, says",
     [
         (lambda m: m["splits"]["train"].pop("tokens"), "damaged .splits.train.tokens: Field required.; remove"),
-        (lambda m: m["splits"]["train"].update(tokens=5), "damaged .its fingerprint does not match"),
+        (lambda m: m["splits"]["train"].update(bytes=5), "damaged .its fingerprint does not match"),
+        (lambda m: m["splits"]["train"].update(tokens=5), "damaged .splits.train: Value error, the shards do not sum to 5 tokens"),
         (lambda m: m["tokenizer"].update(eod_id="256"), "damaged .tokenizer.eod_id: Input should be a valid integer"),
         (lambda m: m.update(format=2), "format 2, this version of bigtrain reads format 1"),
         (lambda m: m.clear(), "damaged .KeyError: 'fingerprint'"),

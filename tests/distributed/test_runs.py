@@ -8,6 +8,7 @@ import math
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -270,6 +272,37 @@ def test_a_loss_that_is_not_finite(folder, warm, stage):
     format.verify(good)
     assert all(value.isfinite().all() for key, value in tensors(good).items() if key.endswith(("model", "ema")))
     assert attempt_of(run, 1)["exit_code"] == 1 and attempt_of(run, 1)["reason"] == message.removeprefix("bigtrain: ")
+
+
+@pytest.mark.parametrize("token, says", [(65, "has changed since it was prepared"), (60000, "is 60000, beyond the vocabulary of 320")])
+def test_damaged_data(folder, warm, token, says):
+    """One rank finds it, in the share of the files that it compares or in a sequence that it reads; all of them end with what it says."""
+    damaged = folder / f"damaged-{token}"
+    shutil.copytree(folder / "data", damaged)
+    tokens = np.fromfile(damaged / "train-00000.tokens", "<u2")
+    tokens[:] = token
+    tokens.tofile(damaged / "train-00000.tokens")
+    codes, screen = warm(folder, 2, f"run.name=damaged-{token}", f"data.folder={damaged}")
+    assert codes == [2, 2], screen
+    [message] = [line for line in screen.splitlines() if line.startswith("bigtrain:")]
+    assert message.startswith(f"bigtrain: {damaged}/train-00000.tokens: ") and says in message and "prepare the data again" in message
+    ended = attempt_of(run_of(folder, f"damaged-{token}"), 1)
+    assert ended["exit_code"] == 2 and says in ended["reason"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_full_disk_under_the_log_stops_nothing(folder, warm):
+    attempts = run_of(folder, "full").path / "attempts"
+    attempts.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", attempts], capture_output=True).returncode:
+        pytest.skip("may not mount here")
+    try:
+        codes, screen = warm(folder, 2, "run.name=full", "train.steps=3", "evaluate.every=null")
+        assert codes == [0, 0], screen
+        assert screen.count("warning: this rank's log cannot be written (No space left on device)") == 1
+        assert len(losses(run_of(folder, "full"))) == 3 and (run_of(folder, "full").log(1, 0)).stat().st_size < 4096
+    finally:
+        subprocess.run(["umount", attempts], check=True)
 
 
 # ---- Other kinds of run ----
