@@ -50,6 +50,8 @@ class Step:
     """One optimizer step, with numbers that may still be on their way from the device."""
 
     number: int
+    position: int
+    """Of its first sequence."""
     tokens: float
     """Target tokens of the whole global batch."""
     loss_sum: Deferred
@@ -183,7 +185,9 @@ class Trainer:
             skipped = self.pass_over(micro_batches, losses, grad_norm)
         rate = share * self.config.optimizer.lr
         seconds = time.perf_counter() - started
-        return Step(self.progress.step + 1, tokens, loss_sum, grad_norm, rate, seconds, self.engine.loss_scale, skipped)
+        return Step(
+            self.progress.step + 1, self.progress.position, tokens, loss_sum, grad_norm, rate, seconds, self.engine.loss_scale, skipped
+        )
 
     def agree(self, tokens: int) -> float:
         """The one small all-reduce of a step: target tokens of the global batch, the loss and time of the step before, whether a
@@ -243,6 +247,7 @@ class Trainer:
             "lr": step.learning_rate,
             "grad_norm": step.grad_norm,
             "tokens": step.number * tokens,
+            "position": step.position,
             "tokens_per_s": tokens / step.seconds,
             "mfu": self.flops_per_token * tokens / step.seconds / (self.peak * 1e12),
             "step_s": step.seconds,

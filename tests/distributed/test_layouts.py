@@ -1,8 +1,9 @@
 """Any ZeRO stage on any number of ranks goes on from what any other saved: to the bit in its state, to rounding in its losses.
 
-`benchmarks/faults.py layouts` tries all 144 pairs.
+`benchmarks/faults.py layouts` tries all 144 pairs (ALL_LAYOUTS=1).
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,9 @@ PAIRS = {  # ranks that load: (optimizer, stage-ranks that saved, stage, offload
         *[(optimizer, "2-2", 1, False) for optimizer in ("lion", "muon", "sgd", "rmsprop")],
     ],
 }
+if os.environ.get("ALL_LAYOUTS"):  # every pair, and nothing else: half an hour
+    SAVED_BY = [f"{stage}-{n}" for stage in STAGES for n in RANKS]
+    PAIRS = {n: [("adamw", source, stage, False) for stage in STAGES for source in SAVED_BY] for n in RANKS}
 SAVERS = {n: [("adamw", stage) for stage in STAGES] for n in RANKS}
 SAVERS[2] += [(optimizer, 2) for optimizer in ("lion", "muon", "sgd", "rmsprop")]
 CASES = [(optimizer, source, f"{stage}-{n}") for n, cases in PAIRS.items() for optimizer, source, stage, _ in cases]
@@ -62,7 +66,9 @@ def gone_on(folder, ranks, straight) -> dict[str, list]:
 def test_sixteen_pairs_that_reach_every_layout():
     pairs = [(source, target) for optimizer, source, target in CASES if optimizer == "adamw"]
     layouts = {f"{stage}-{n}" for stage in STAGES for n in RANKS}
-    assert len(set(pairs)) == 16 and {target for _, target in pairs} == layouts and len({source for source, _ in pairs} & layouts) >= 10
+    assert (
+        len(set(pairs)) in (16, 144) and {target for _, target in pairs} == layouts and len({source for source, _ in pairs} & layouts) >= 10
+    )
 
 
 @pytest.mark.parametrize(("optimizer", "source", "target"), CASES)
