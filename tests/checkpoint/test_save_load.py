@@ -226,6 +226,15 @@ def test_the_first_rank_cannot_finish(tmp_path, monkeypatch, name):
     refused(tmp_path, write(tmp_path, 2), "rank 0 says: [Errno 5] Input/output error;")
 
 
+def test_what_does_not_read_back_is_not_saved(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    real = format.checksum
+    monkeypatch.setattr(format, "checksum", lambda path: "0" * 32 if path.name == "rank-00001-0.safetensors" else real(path))
+    results = write(tmp_path, 2)
+    monkeypatch.undo()
+    refused(tmp_path, results, "rank-00001-0.safetensors: does not read back as it was written;")
+
+
 @pytest.mark.parametrize("kind", ["model", "exp_avg", "ema"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_not_saved(tmp_path, kind, value):

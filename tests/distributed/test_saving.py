@@ -98,7 +98,7 @@ def test_one_that_cannot_be_written(failed, asynchronous, on_error):
         assert found["saved"] == [3, 9, 12] and found["steps"] == 12 and not found["raised"]
     else:
         assert said in found["raised"] and found["saved"] == [3] and not found["warnings"]
-        assert 6 <= found["steps"] <= 9  # in the background it surfaces at one of the next steps
+        assert 6 <= found["steps"] <= 8  # in the background it surfaces at the next step that begins
 
 
 def test_in_the_background_or_waited_for_it_is_the_same(failed, data):
