@@ -150,7 +150,7 @@ def kills(config: Path, overrides: Sequence[str], count: int, seed: int = 0, tel
                 job.wait_until(lambda: any(job.run.checkpoints.glob(".step-*.writing")), "a checkpoint being written", poll=0.0005)
                 time.sleep(chance.random() * 0.01)
             else:
-                time.sleep(chance.random() * 0.5)
+                time.sleep(chance.random() * 0.3)
             os.kill(chance.choice(job.pids(attempt)), signal.SIGKILL)
             job.wait_until(lambda attempt=attempt: job.attempt > attempt, "a restart")
             hit = any(job.run.checkpoints.glob(".step-*.writing"))
@@ -276,10 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if options.scenario == "kills":
         count = options.count or 200
-        found = kills(SMALL, [*overrides, f"train.steps={60 * count + 100}"], count, options.seed, tell)
+        found = kills(SMALL, [*overrides, f"train.steps={20 * count + 200}"], count, options.seed, tell)
     elif options.scenario == "stops":
         count = options.count or 20
-        found = stops(SMALL, [*overrides, f"train.steps={60 * count + 100}"], count, options.grace, options.seed, tell)
+        found = stops(SMALL, [*overrides, f"train.steps={20 * count + 200}"], count, options.grace, options.seed, tell)
     elif options.scenario == "goodput":
         found = goodput(overrides, options.minutes, options.every, options.seed, tell)
     else:

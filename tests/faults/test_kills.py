@@ -28,7 +28,7 @@ def one_thread(monkeypatch):
 
 
 def test_twelve_kills(overrides):
-    found = faults.kills(faults.SMALL, [*overrides, "train.steps=700"], 12, seed=1)
+    found = faults.kills(faults.SMALL, [*overrides, "train.steps=440"], 12, seed=1)
     assert found.lost == []
     assert found.facts["attempts"] == 13 and found.facts["inside_a_save"] >= 3
 
@@ -44,7 +44,7 @@ def test_what_is_lost_is_seen(overrides, tmp_path):
     job = faults.Job(faults.SMALL, [*overrides, "train.steps=300"], "stopped")
     found = faults.Found()
     faults.compare(job, faults.RunFolder(runs / "killed"), found)
-    assert any(text.startswith("steps: 300 rows, 700 expected") for text in found.lost)
+    assert any(text.startswith("steps: 300 rows, 440 expected") for text in found.lost)
     assert any("differs at the end" in text for text in found.lost)
 
 
