@@ -25,6 +25,10 @@ class RunError(BigtrainError):
     """The run cannot go on (a full disk, a non-finite loss, a lost rank); the message says what is safe on disk."""
 
 
+class LostRun(RunError):
+    """Another attempt has taken the run over: this one must write no more, and end."""
+
+
 class StopRequested(BigtrainError):
     """A signal asked the run to stop; the checkpoint is written and the same command resumes it."""
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from bigtrain.errors import RunError, UserError
+from bigtrain.errors import LostRun, UserError
 from bigtrain.runfolder import RunFolder, machine, process_start, read_json, write_record
 
 POLL_SECONDS = 0.5
@@ -88,10 +88,10 @@ class Lease:
             self._write()
 
     def check(self) -> None:
-        """To be called before anything is made final. Raises RunError when another attempt has taken the run over."""
+        """To be called before anything is made final. Raises LostRun when another attempt has taken the run over."""
         usurper = self._usurper()
         if usurper is not None:
-            raise RunError(
+            raise LostRun(
                 f"{self._run.path}: attempt {usurper} has taken the run over{_who(read_json(self._run.lease))} while attempt"
                 f" {self._attempt} was out of touch for over {self._seconds:.0f} s; nothing more is written here"
             )

@@ -28,7 +28,7 @@ from bigtrain.data.loader import Loader, evaluation_batches
 from bigtrain.data.shards import TokenStore
 from bigtrain.data.tokenizer import load as load_tokenizer
 from bigtrain.engine import Engine
-from bigtrain.errors import BigtrainError, RunError, StopRequested, UserError
+from bigtrain.errors import BigtrainError, LostRun, RunError, StopRequested, UserError
 from bigtrain.evaluate import evaluate, to_device
 from bigtrain.generate import generate
 from bigtrain.metrics import Deferred, peak_memory_gib
@@ -68,7 +68,7 @@ class Trainer:
     """A run on this rank. `peak` is what all devices together can multiply, in TFLOP/s, which MFU divides by.
 
     `report` gets what rank 0 shows and keeps; the other ranks pass a bare `Report`, which drops it. `pulse` is told what this
-    rank does. `guard` raises RunError when this process may not commit checkpoints any more.
+    rank does. `guard` raises LostRun when this process may not commit checkpoints any more.
     """
 
     def __init__(
@@ -351,7 +351,7 @@ class Trainer:
 
     def _not_saved(self, error: RunError) -> None:
         self.saved = None  # so that a stop writes one
-        if self.config.checkpoint.on_error == "stop":
+        if self.config.checkpoint.on_error == "stop" or isinstance(error, LostRun):
             raise error
         self.report.warn(f"{error}. Training goes on")
 

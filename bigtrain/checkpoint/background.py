@@ -12,7 +12,6 @@ import torch
 from bigtrain.checkpoint import format, retention, save
 from bigtrain.checkpoint.save import Content, Verdict
 from bigtrain.config import Checkpoint
-from bigtrain.errors import RunError
 from bigtrain.world import World
 
 if TYPE_CHECKING:  # it imports deepspeed
@@ -22,7 +21,7 @@ if TYPE_CHECKING:  # it imports deepspeed
 class Saver:
     """Writes a run's checkpoints, one at a time, and removes those that `rules` no longer keep. All ranks call it alike.
 
-    `world` is for this alone: its collectives run in the thread. `guard` raises RunError when this run may not commit.
+    `world` is for this alone: its collectives run in the thread. `guard` raises LostRun when this run may not commit.
     """
 
     def __init__(self, folder: Path, shapes: dict[str, list[int]], rules: Checkpoint, world: World, guard: Callable[[], None]):
@@ -42,7 +41,7 @@ class Saver:
         """Write a checkpoint and return when it is on disk. Raises RunError on every rank when any rank could not."""
         self.wait()
         if verdict := self._write(Content(step, self._shapes, save.fragments(partitions, self._world), state, files)):
-            raise RunError(verdict)
+            raise verdict
 
     def start(self, step: int, partitions: list[Partition], state: dict[str, Any], files: dict[str, str | Path]) -> None:
         """Copy everything to host memory and return; the rest is done while training goes on. Raises RunError when the save
@@ -57,7 +56,7 @@ class Saver:
         """Wait for the save in the background. Raises RunError, on every rank, when it has failed."""
         writing, self._writing = self._writing, None
         if writing is not None and (verdict := writing.result()):
-            raise RunError(verdict)
+            raise verdict
 
     def _copy(self, tensor: torch.Tensor, key: tuple[int, str]) -> torch.Tensor:
         buffer = self._buffers.get(key)

@@ -19,14 +19,18 @@ import xxhash
 from bigtrain.checkpoint import format
 from bigtrain.checkpoint.format import Fragment, Index
 from bigtrain.config import Checkpoint
-from bigtrain.errors import RunError
+from bigtrain.errors import LostRun, RunError
 from bigtrain.world import World
 
 if TYPE_CHECKING:  # it imports deepspeed
     from bigtrain.checkpoint.state import Partition
 
-Verdict = str | None
+Verdict = RunError | None
 """What kept a checkpoint from being written, the same on every rank; None when it was."""
+
+
+Problem = tuple[str, bool] | None
+"""What went wrong on one rank, and whether it has lost the run."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,12 @@ def save(
 ) -> Path:
     """Write `content` into `folder` and return the checkpoint's path. Every rank calls it.
 
-    `guard` raises RunError when this run may not commit (see lease.py). Raises RunError on every rank when any rank could not
-    write; what was there before stays.
+    `guard` raises LostRun when this run may not commit (see lease.py), and so do then all ranks. Raises RunError on every rank
+    when any rank could not write. What was there before stays.
     """
     final = folder / f"{format.PREFIX}{content.step:08d}"
     if verdict := write(final, content, world, rules or Checkpoint(), guard):
-        raise RunError(verdict)
+        raise verdict
     return final
 
 
@@ -78,18 +82,19 @@ def write(final: Path, content: Content, world: World, rules: Checkpoint, guard:
     """Write `content` as the checkpoint `final`; the same verdict on every rank."""
     temporary = final if rules.commit == "file" else final.with_name(f".{final.name}.writing")
 
-    def agree(problem: str | None) -> Verdict:
-        problems = [(rank, text) for rank, text in enumerate(world.gather(problem)) if text]
+    def agree(problem: Problem) -> Verdict:
+        problems = [(rank, *found) for rank, found in enumerate(world.gather(problem)) if found]
         if not problems:
             return None
-        if world.first:
+        rank, text, lost = problems[0]
+        if world.first and not lost:  # else it may be the other attempt's by now
             shutil.rmtree(temporary, ignore_errors=True)
         before = format.checkpoints(final.parent)
         safe = f"the newest complete checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
-        return f"{final}: not written, rank {problems[0][0]} says: {problems[0][1]}; {safe}"
+        return (LostRun if lost else RunError)(f"{final}: not written, rank {rank} says: {text}; {safe}")
 
     needed = sum(world.gather(sum(4 * tensor.numel() for *_, tensor in content.fragments)))
-    if verdict := agree(_try(lambda: _fresh(temporary, needed, rules.commit == "file")) if world.first else None):
+    if verdict := agree(_try(lambda: _fresh(temporary, needed, rules.commit == "file", guard)) if world.first else None):
         return verdict
     written: list[Any] = []
     if verdict := agree(_try(lambda: written.extend(_write_rank(temporary, content.fragments, world.rank, rules.file_bytes)))):
@@ -98,7 +103,8 @@ def write(final: Path, content: Content, world: World, rules: Checkpoint, guard:
     return agree(_try(lambda: _commit(temporary, final, content, gathered, guard)) if world.first else None)
 
 
-def _fresh(temporary: Path, needed: int, in_place: bool) -> None:
+def _fresh(temporary: Path, needed: int, in_place: bool, guard: Callable[[], None]) -> None:
+    guard()
     folder = temporary.parent
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = set(format.checkpoints(folder, complete=False)) - set(format.checkpoints(folder)) if in_place else ()
@@ -199,10 +205,10 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _try(action: Callable[[], None]) -> str | None:
-    """Run `action`; the error as text, so that it can be agreed on instead of leaving peers waiting."""
+def _try(action: Callable[[], None]) -> Problem:
+    """Run `action`; its error as what can be agreed on, instead of leaving peers waiting."""
     try:
         action()
     except (OSError, RunError) as error:
-        return str(error)
+        return str(error), isinstance(error, LostRun)
     return None

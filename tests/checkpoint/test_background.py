@@ -10,7 +10,7 @@ from bigtrain.checkpoint import format, save
 from bigtrain.checkpoint.background import Saver
 from bigtrain.checkpoint.load import Reader
 from bigtrain.config import Checkpoint
-from bigtrain.errors import RunError
+from bigtrain.errors import LostRun, RunError
 
 
 def saver(folder, world, guard=lambda: None, **rules) -> Saver:
@@ -96,15 +96,24 @@ def test_an_error_surfaces_on_every_rank(tmp_path, monkeypatch, bad_rank):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_one_that_lost_the_run_does_not_commit(tmp_path):
+@pytest.mark.parametrize("after", [0, 1])
+def test_one_that_lost_the_run_does_not_commit(tmp_path, after):
+    """Neither when it is known before a file is written, nor when it is found just before the commit; and it clears nothing away."""
+    others = tmp_path / ".step-00000007.writing"
+    others.mkdir()
+    calls = []
+
     def taken():
-        raise RunError("attempt 3 has taken this run over")
+        calls.append(1)
+        if len(calls) > after:
+            raise LostRun("attempt 3 has taken this run over")
 
     def one(world):
-        with pytest.raises(RunError, match="rank 0 says: attempt 3 has taken this run over"):
+        with pytest.raises(LostRun, match="rank 0 says: attempt 3 has taken this run over"):
             saver(tmp_path, world, taken).write(1, mine(world), {**STATE, "step": 1}, FILES)
 
-    assert on_ranks(2, one) == [None, None] and list(tmp_path.iterdir()) == []
+    assert on_ranks(2, one) == [None, None] and format.checkpoints(tmp_path) == []
+    assert others.exists() == (after == 0)
 
 
 def test_no_rename_where_a_manifest_counts(tmp_path, monkeypatch):

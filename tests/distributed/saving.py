@@ -8,7 +8,7 @@ from pathlib import Path
 from training import close, config, trainer
 
 from bigtrain.checkpoint import format, save
-from bigtrain.errors import RunError, StopRequested
+from bigtrain.errors import LostRun, RunError, StopRequested
 
 
 def settings(data: str, folder: Path, name: str, **changes):
@@ -83,3 +83,22 @@ def failing(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
         result[name] = {"warnings": warnings, "raised": raised, "saved": saved, "steps": len(rows)}
         close(t)
     return result
+
+
+def lost(world, folder: Path, data: str) -> dict:
+    """A run that another attempt takes over before step 6's checkpoint: a failure that is not gone on from."""
+    t = trainer(settings(data, folder, "lost"), world)
+
+    def guard():
+        if t.progress.step >= 6:
+            raise LostRun("attempt 2 has taken the run over")
+
+    t.saver._guard = guard
+    try:
+        t.train()
+        raised = ""
+    except LostRun as error:
+        raised = str(error)
+    saved = [format.step_of(c) for c in format.checkpoints(t.run.checkpoints)]
+    close(t)
+    return {"raised": raised, "step": t.progress.step, "saved": saved}

@@ -116,3 +116,10 @@ def test_a_stop_in_the_middle_of_a_step(ranks, data):
         assert found["passes"] == 3 and found["saved"] == [3, 5]
     ours, theirs = (tensors(data / f"runs/{name}/checkpoints/step-00000012") for name in ("stopped", "straight"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_that_was_taken_over_ends(ranks, data):
+    """Although checkpoint.on_error says to go on."""
+    for found in ranks("saving:lost", 2, data, data=str(data)):
+        assert "step-00000006: not written, rank 0 says: attempt 2 has taken the run over" in found["raised"]
+        assert found["saved"] == [3] and found["step"] < 12
