@@ -365,7 +365,7 @@ class Trainer:
             "global_batch": self.batch.global_batch,
             "optimizer": scalars,
             "loss_scaler": {key: value for _, key, value in loss_scaler(self.engine.deepspeed)},
-            "metrics": self.evaluated,
+            "metrics": {name: value for name, value in self.evaluated.items() if math.isfinite(value)},
             "data": self.data,
             "done": done,
             "versions": {name: metadata.version(name) for name in ("torch", "deepspeed")} | {"bigtrain": __version__},

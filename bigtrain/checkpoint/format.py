@@ -88,7 +88,7 @@ class State(Section):
     """The optimizer's numbers that are not tensors."""
     loss_scaler: dict[str, float]
     metrics: dict[str, float]
-    """Of the evaluation at this step; empty when there was none."""
+    """Of the evaluation at this step, those that are finite; empty when there was none."""
     versions: dict[str, str] = Field(default_factory=dict)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from stages import rows_of
@@ -75,3 +76,12 @@ def failing(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
         result[name] = {"warnings": warnings, "raised": raised, "saved": saved, "steps": len(rows)}
         close(t)
     return result
+
+
+def diverged(world, folder: Path, data: str) -> dict[int, dict[str, float]]:
+    """The metrics in the checkpoints of a run whose held-out loss is out of bounds: by step."""
+    t = trainer(settings(data, folder, "diverged", train={"steps": 6}, evaluate={"every": 3, "sequences": 8}), world)
+    t.task.metrics = lambda *sums: {"loss": 800.0, "perplexity": math.inf, "bits_per_byte": math.nan}
+    t.train()
+    close(t)
+    return {format.step_of(path): format.read_state(path).metrics for path in format.checkpoints(t.run.checkpoints)}

@@ -116,3 +116,8 @@ def test_a_stop_in_the_middle_of_a_step(ranks, data):
         assert found["passes"] == 3 and found["saved"] == [3, 5]
     ours, theirs = (tensors(data / f"runs/{name}/checkpoints/step-00000012") for name in ("stopped", "straight"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_metrics_that_are_not_finite_keep_no_checkpoint_from_being_written(ranks, data):
+    [found] = ranks("saving:diverged", 1, data, data=str(data))
+    assert found == {"3": {"validation_loss": 800.0}, "6": {"validation_loss": 800.0}}
