@@ -84,7 +84,7 @@ class Trainer:
         pulse: Pulse | None = None,
         guard: Callable[[], None] = lambda: None,
     ):
-        self.peak, self.pulse = peak, pulse or Pulse()
+        self.peak, self.pulse, self.guard = peak, pulse or Pulse(), guard
         self.config, self.batch, self.precision, self.world, self.run, self.report = config, batch, precision, world, run, report
         store = TokenStore(config.data.folder, "train")
         self.data = store.manifest.fingerprint
@@ -351,9 +351,19 @@ class Trainer:
 
     def _not_saved(self, error: RunError) -> None:
         self.saved = None  # so that a stop writes one
+        if lost := self.world.from_first(self._lost()):
+            raise RunError(lost)
         if self.config.checkpoint.on_error == "stop":
             raise error
         self.report.warn(f"{error}. Training goes on")
+
+    def _lost(self) -> str | None:
+        """Why this run may not commit checkpoints any more, on the rank that knows it."""
+        try:
+            self.guard()
+        except RunError as error:
+            return str(error)
+        return None
 
     def _state(self, done: bool) -> dict[str, Any]:
         scalars: dict[str, float] = {}

@@ -75,21 +75,25 @@ def save(
 
 
 def write(final: Path, content: Content, world: World, rules: Checkpoint, guard: Callable[[], None]) -> Verdict:
-    """Write `content` as the checkpoint `final`; the same verdict on every rank."""
+    """Write `content` as the checkpoint `final`; the same verdict on every rank. When `guard` raises nothing is touched any more."""
     temporary = final if rules.commit == "file" else final.with_name(f".{final.name}.writing")
 
     def agree(problem: str | None) -> Verdict:
         problems = [(rank, text) for rank, text in enumerate(world.gather(problem)) if text]
         if not problems:
             return None
-        if world.first:
+        if world.first and _try(guard) is None:  # else it is the one that another attempt is writing now
             shutil.rmtree(temporary, ignore_errors=True)
         before = format.checkpoints(final.parent)
         safe = f"the newest complete checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
         return f"{final}: not written, rank {problems[0][0]} says: {problems[0][1]}; {safe}"
 
+    def begin() -> None:
+        guard()  # what lies there unfinished may be another attempt's by now
+        _fresh(temporary, needed, rules.commit == "file")
+
     needed = sum(world.gather(sum(4 * tensor.numel() for *_, tensor in content.fragments)))
-    if verdict := agree(_try(lambda: _fresh(temporary, needed, rules.commit == "file")) if world.first else None):
+    if verdict := agree(_try(begin) if world.first else None):
         return verdict
     written: list[Any] = []
     if verdict := agree(_try(lambda: written.extend(_write_rank(temporary, content.fragments, world.rank, rules.file_bytes)))):

@@ -107,6 +107,30 @@ def test_one_that_lost_the_run_does_not_commit(tmp_path):
     assert on_ranks(2, one) == [None, None] and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("commit", ["rename", "file"])
+@pytest.mark.parametrize("lost_after", [0, 1])
+def test_one_that_lost_the_run_touches_nothing_of_the_others(tmp_path, commit, lost_after):
+    """The same step, which the attempt that took the run over has written, or is writing; `lost_after` so many looks."""
+    looks = []
+
+    def taken():
+        looks.append(None)
+        if len(looks) > lost_after:
+            theirs.mkdir(exist_ok=True)
+            (theirs / "theirs").touch()
+            raise RunError("attempt 3 has taken this run over")
+
+    theirs = tmp_path / (".step-00000001.writing" if commit == "rename" else "step-00000001")
+    (tmp_path / ".step-00000009.writing").mkdir()
+
+    def one(world):
+        with pytest.raises(RunError, match="attempt 3 has taken this run over"):
+            saver(tmp_path, world, taken, commit=commit).write(1, mine(world), {**STATE, "step": 1}, FILES)
+
+    assert on_ranks(2, one) == [None, None] and (theirs / "theirs").exists()
+    assert (tmp_path / ".step-00000009.writing").exists() == (lost_after == 0)
+
+
 def test_no_rename_where_a_manifest_counts(tmp_path, monkeypatch):
     """With checkpoint.commit: file the folder has its name from the start, and is no checkpoint until its manifest is there."""
     seen = []

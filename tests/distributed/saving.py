@@ -85,3 +85,24 @@ def diverged(world, folder: Path, data: str) -> dict[int, dict[str, float]]:
     t.train()
     close(t)
     return {format.step_of(path): format.read_state(path).metrics for path in format.checkpoints(t.run.checkpoints)}
+
+
+def taken_over(world, folder: Path, data: str) -> dict:
+    """What is raised in a run that loses its lease in step 5, after how many steps, and what it has saved."""
+    t = trainer(settings(data, folder, "taken"), world)
+    rows, warnings = rows_of(t), []
+    t.report.warn = warnings.append
+
+    def guard():
+        if world.first and t.progress.step >= 5:
+            raise RunError("attempt 3 has taken the run over")
+
+    t.guard = t.saver._guard = guard
+    try:
+        t.train()
+        raised = ""
+    except RunError as error:
+        raised = str(error)
+    close(t)
+    saved = [format.step_of(c) for c in format.checkpoints(t.run.checkpoints)]
+    return {"raised": raised, "steps": len(rows), "saved": saved, "warnings": warnings}

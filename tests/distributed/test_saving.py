@@ -121,3 +121,10 @@ def test_a_stop_in_the_middle_of_a_step(ranks, data):
 def test_metrics_that_are_not_finite_keep_no_checkpoint_from_being_written(ranks, data):
     [found] = ranks("saving:diverged", 1, data, data=str(data))
     assert found == {"3": {"validation_loss": 800.0}, "6": {"validation_loss": 800.0}}
+
+
+def test_one_that_lost_the_run_ends(ranks, data):
+    """Whatever checkpoint.on_error says: another attempt trains the run now."""
+    for found in ranks("saving:taken_over", 2, data, data=str(data)):
+        assert found["raised"] == "attempt 3 has taken the run over" and found["saved"] == [3] and not found["warnings"]
+        assert 6 <= found["steps"] <= 9
