@@ -97,7 +97,7 @@ class Trainer:
         self.partitions = partitions(self.engine.deepspeed)
         self.shapes = {n: list(s) for n, s in parameter_shapes(config.model, config.model.vocab_size).items()}
         self.progress = Progress()
-        self.saver = Saver(run.checkpoints, self.shapes, config.checkpoint, world.another(), guard)
+        self.saver = Saver(run.checkpoints, self.shapes, config.checkpoint, world.another(), guard, self.pulse.alive)
         self.saved: int | None = None  # step of the newest checkpoint that this attempt wrote, writes or resumed from
         self.evaluated: dict[str, float] = {}  # what the newest evaluation found, if it was at this step
         self.flops_per_token = self.engine.module.flops_per_token(config.data.sequence_length)
@@ -388,7 +388,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint of this run. Raises UserError when model, data or batch are not what it was made with."""
         self.pulse("resume")
-        reader = Reader(checkpoint)
+        reader = Reader(checkpoint, self.pulse.alive)
         check_shapes(checkpoint, reader.index, self.shapes)
         state = format.read_state(checkpoint)
         if state.data != self.data:
@@ -414,7 +414,7 @@ class Trainer:
         checkpoint = find(path)
         if problem := check(checkpoint, self.world):
             raise UserError(f"init.checkpoint: {problem}")
-        reader = Reader(checkpoint)
+        reader = Reader(checkpoint, self.pulse.alive)
         check_shapes(reader.path, reader.index, self.shapes)
         load_weights(reader, self.partitions, kind)
         publish(self.engine.deepspeed)

@@ -74,8 +74,16 @@ def save(
     return final
 
 
-def write(final: Path, content: Content, world: World, rules: Checkpoint, guard: Callable[[], None]) -> Verdict:
-    """Write `content` as the checkpoint `final`; the same verdict on every rank. When `guard` raises nothing is touched any more."""
+def write(
+    final: Path,
+    content: Content,
+    world: World,
+    rules: Checkpoint,
+    guard: Callable[[], None],
+    sign: Callable[[], None] = lambda: None,
+) -> Verdict:
+    """Write `content` as the checkpoint `final`; the same verdict on every rank. When `guard` raises nothing is touched any more.
+    `sign` is called after every file of this rank."""
     temporary = final if rules.commit == "file" else final.with_name(f".{final.name}.writing")
 
     def agree(problem: str | None) -> Verdict:
@@ -96,7 +104,7 @@ def write(final: Path, content: Content, world: World, rules: Checkpoint, guard:
     if verdict := agree(_try(begin) if world.first else None):
         return verdict
     written: list[Any] = []
-    if verdict := agree(_try(lambda: written.extend(_write_rank(temporary, content.fragments, world.rank, rules.file_bytes)))):
+    if verdict := agree(_try(lambda: written.extend(_write_rank(temporary, content.fragments, world.rank, rules.file_bytes, sign)))):
         return verdict
     gathered = world.gather(written)
     return agree(_try(lambda: _commit(temporary, final, content, gathered, guard)) if world.first else None)
@@ -116,7 +124,9 @@ def _fresh(temporary: Path, needed: int, in_place: bool) -> None:
     temporary.mkdir()
 
 
-def _write_rank(folder: Path, fragments: list[tuple], rank: int, file_bytes: int) -> tuple[list[list[Any]], dict[str, list[Any]]]:
+def _write_rank(
+    folder: Path, fragments: list[tuple], rank: int, file_bytes: int, sign: Callable[[], None]
+) -> tuple[list[list[Any]], dict[str, list[Any]]]:
     """Write this rank's files; its fragments, as the index lists them, and the files' entries for the manifest."""
     rows, entries, start = [], {}, 0
     while start < len(fragments):
@@ -128,6 +138,7 @@ def _write_rank(folder: Path, fragments: list[tuple], rank: int, file_bytes: int
         for key, (parameter, kind, offset, tensor) in enumerate(fragments[start:stop]):
             rows.append([parameter, kind, offset, tensor.numel(), name, str(key)])
         start = stop
+        sign()
     return rows, entries
 
 

@@ -69,6 +69,21 @@ def test_buffers_are_used_again_and_one_save_waits_for_the_one_before(tmp_path, 
     assert torch.equal(weights[0], values(SHAPES)["model"]["b"]) and torch.equal(weights[1], weights[0] + 1.0)
 
 
+def test_files_are_signs_of_life_while_training_waits(tmp_path):
+    signs = []
+
+    def one(world):
+        s = Saver(tmp_path, SHAPES, Checkpoint(file_bytes=1), world, lambda: None, lambda: signs.append(None))
+        s.start(1, mine(world), {**STATE, "step": 1}, FILES)
+        s._writing.exception()  # it has ended: training was at something else
+        behind = len(signs)
+        s.write(2, mine(world), {**STATE, "step": 2}, FILES)
+        return behind, len(signs)
+
+    files = sum(len(kind) for kind in values(SHAPES).values())
+    assert on_ranks(1, one) == [(0, files)]
+
+
 @pytest.mark.parametrize("bad_rank", [0, 1])
 def test_an_error_surfaces_on_every_rank(tmp_path, monkeypatch, bad_rank):
     real = save._write_tensors
