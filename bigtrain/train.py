@@ -386,7 +386,8 @@ class Trainer:
         return {"config.yaml": configfile.dump(self.config), "tokenizer": self.tokenizer_folder}
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of this run. Raises UserError when model, data or batch are not what it was made with."""
+        """Continue from a checkpoint of this run that has been verified. Raises UserError when model, data or batch are not what it
+        was made with."""
         self.pulse("resume")
         reader = Reader(checkpoint, self.pulse.alive)
         check_shapes(checkpoint, reader.index, self.shapes)
@@ -408,6 +409,7 @@ class Trainer:
             setattr(holder, key, type(getattr(holder, key))(state.loss_scaler[key]))
         self.progress = Progress.of(state)
         self.saved = self.progress.step
+        self.saver.trust(checkpoint)
 
     def start_from(self, path: Path, kind: str) -> None:
         """Take the weights of another run's checkpoint, with a fresh optimizer (fine-tuning)."""

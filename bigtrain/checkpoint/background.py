@@ -42,6 +42,10 @@ class Saver:
         self._writing: Future[Verdict] | None = None
         self._kept = retention.Kept(folder, rules)
 
+    def trust(self, checkpoint: Path) -> None:
+        """Count a checkpoint that all ranks have just verified as sound: reading it whole would hold up rank 0's next save."""
+        self._kept.trust(checkpoint)
+
     @property
     def failed(self) -> bool:
         """The save in the background has ended, and badly; `wait` says how."""

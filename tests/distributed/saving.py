@@ -42,11 +42,14 @@ def stop_in_a_step(world, folder: Path, data: str) -> dict:
     close(first)
     saved = [format.step_of(c) for c in format.checkpoints(first.run.checkpoints)]
 
-    second = trainer(settings(data, folder, "stopped"), world)
+    second = trainer(settings(data, folder, "stopped", checkpoint={"keep": 2}), world)
     second.resume(format.checkpoints(second.run.checkpoints)[-1])
+    verify, read = format.verify, []
+    format.verify = lambda path, *rest: read.append(path.name)
     second.train()
+    format.verify = verify
     close(second)
-    return {"said": said, "passes": passes.count(6), "saved": saved}
+    return {"said": said, "passes": passes.count(6), "saved": saved, "read": read}
 
 
 def failing(world, folder: Path, data: str, cases: list) -> dict[str, dict]:

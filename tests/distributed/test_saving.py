@@ -114,6 +114,7 @@ def test_a_stop_in_the_middle_of_a_step(ranks, data):
     for found in ranks("saving:stop_in_a_step", 2, data, data=str(data)):
         assert found["said"].startswith("stopped on request in the middle of step 6, which was given up")
         assert found["passes"] == 3 and found["saved"] == [3, 5]
+        assert found["read"] == []  # that of step 5 was verified before the run went on from it
     ours, theirs = (tensors(data / f"runs/{name}/checkpoints/step-00000012") for name in ("stopped", "straight"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
