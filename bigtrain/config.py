@@ -174,7 +174,7 @@ class Train(Section):
     """Parameters that are not trained: names, or patterns such as `embedding.*` (shell style)."""
     seed: Count = 0
     log_every: Positive = 1
-    """Steps between rows of metrics.jsonl."""
+    """Steps between rows of metrics.jsonl; a step that was passed over always has one."""
 
     @model_validator(mode="after")
     def _two_of_three(self):

@@ -214,7 +214,7 @@ class OnScreen:
         self._screen, self._trackers, self._steps, self._log_every = screen, trackers, steps, log_every
 
     def step(self, row: dict[str, Any]) -> None:
-        if row["step"] % self._log_every == 0 or row["step"] == self._steps:
+        if row["step"] % self._log_every == 0 or row["step"] == self._steps or "skipped" in row:
             self._trackers.log(row)
         self._screen.update(row["step"], self._steps, row)
 

@@ -97,7 +97,7 @@ class Trainer:
         self.partitions = partitions(self.engine.deepspeed)
         self.shapes = {n: list(s) for n, s in parameter_shapes(config.model, config.model.vocab_size).items()}
         self.progress = Progress()
-        self.saver = Saver(run.checkpoints, self.shapes, config.checkpoint, world.another(), guard)
+        self.saver = Saver(run.checkpoints, self.shapes, config.checkpoint, world.another(), guard, self.pulse.alive)
         self.saved: int | None = None  # step of the newest checkpoint that this attempt wrote, writes or resumed from
         self.evaluated: dict[str, float] = {}  # what the newest evaluation found, if it was at this step
         self.flops_per_token = self.engine.module.flops_per_token(config.data.sequence_length)
@@ -365,7 +365,7 @@ class Trainer:
             "global_batch": self.batch.global_batch,
             "optimizer": scalars,
             "loss_scaler": {key: value for _, key, value in loss_scaler(self.engine.deepspeed)},
-            "metrics": self.evaluated,
+            "metrics": {name: value for name, value in self.evaluated.items() if math.isfinite(value)},
             "data": self.data,
             "done": done,
             "versions": {name: metadata.version(name) for name in ("torch", "deepspeed")} | {"bigtrain": __version__},
@@ -376,9 +376,10 @@ class Trainer:
         return {"config.yaml": configfile.dump(self.config), "tokenizer": self.tokenizer_folder}
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of this run. Raises UserError when model, data or batch are not what it was made with."""
+        """Continue from a checkpoint of this run that has been verified. Raises UserError when model, data or batch are not what it
+        was made with."""
         self.pulse("resume")
-        reader = Reader(checkpoint)
+        reader = Reader(checkpoint, self.pulse.alive)
         check_shapes(checkpoint, reader.index, self.shapes)
         state = format.read_state(checkpoint)
         if state.data != self.data:
@@ -398,13 +399,14 @@ class Trainer:
             setattr(holder, key, type(getattr(holder, key))(state.loss_scaler[key]))
         self.progress = Progress.of(state)
         self.saved = self.progress.step
+        self.saver.trust(checkpoint)
 
     def start_from(self, path: Path, kind: str) -> None:
         """Take the weights of another run's checkpoint, with a fresh optimizer (fine-tuning)."""
         checkpoint = find(path)
         if problem := check(checkpoint, self.world):
             raise UserError(f"init.checkpoint: {problem}")
-        reader = Reader(checkpoint)
+        reader = Reader(checkpoint, self.pulse.alive)
         check_shapes(reader.path, reader.index, self.shapes)
         load_weights(reader, self.partitions, kind)
         publish(self.engine.deepspeed)

@@ -47,6 +47,7 @@ class Pulse:
         self.since = time.time()  # of the last sign of progress
         self.beat = 0  # signs of progress in this step: the same on all ranks at the same place
         self.steps = 0  # begun in this attempt
+        self.signs = 0  # of progress that each rank makes at its own pace: they say that it lives, not where it is
         self.collective: str | None = None  # the newest one
         self.waiting = False  # for the others, in it
 
@@ -65,6 +66,10 @@ class Pulse:
         for item in items:
             self(phase)
             yield item
+
+    def alive(self) -> None:
+        """A sign of progress within a phase that may last, a file written say; from any thread that this one waits for."""
+        self.signs, self.since = self.signs + 1, time.time()
 
     @contextmanager
     def meeting(self, collective: str) -> Iterator[None]:
@@ -111,7 +116,7 @@ class Watchdog:
         while not self._closed.wait(self._interval):
             now = time.monotonic()
             silence, before = silence + min(now - before, 2 * self._interval), now
-            if seen != (seen := (self._pulse.steps, self._pulse.beat)):
+            if seen != (seen := (self._pulse.steps, self._pulse.beat, self._pulse.signs)):
                 silence = 0.0
             self._beat()
             if self._lease:

@@ -133,3 +133,11 @@ def test_a_bug_before_there_is_a_log_is_shown_whole(ended):
 def test_a_record_that_cannot_be_written_does_not_end_the_run(ended, monkeypatch, capfd):
     monkeypatch.setattr(runfolder, "write_atomically", fails(OSError(28, "No space left on device")))
     assert ended(lambda: None) == (0, "report\n", None) and "a record of the attempt was not written" in capfd.readouterr().err
+
+
+def test_steps_that_were_passed_over_are_logged_whatever_log_every():
+    logged, nobody = [], SimpleNamespace(update=lambda *row: None)
+    report = session.OnScreen(nobody, SimpleNamespace(log=lambda row: logged.append(row["step"])), steps=12, log_every=5)
+    for step in range(1, 13):
+        report.step({"step": step} | ({"skipped": ["rank 0, sequences 8 to 9"]} if step == 8 else {}))
+    assert logged == [5, 8, 10, 12]

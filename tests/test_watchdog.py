@@ -38,6 +38,8 @@ def test_what_a_pulse_tells():
         assert pulse.waiting and pulse.collective == "sum" and pulse.beat == 2
     assert not pulse.waiting and pulse.beat == 3  # that the others came is progress
     assert list(pulse.each("evaluate", "ab")) == ["a", "b"] and (pulse.phase, pulse.beat) == ("evaluate", 5)
+    pulse.alive()
+    assert (pulse.beat, pulse.signs) == (5, 1)  # not a place: ranks have files of different numbers
     pulse("data", 13, 96)
     assert (pulse.step, pulse.beat, pulse.steps) == (13, 1, 2)
 
@@ -179,6 +181,12 @@ def test_a_suspended_machine_is_no_hang(ranks):
         process.send_signal(signal.SIGCONT)
     until(lambda: int((run.path / "step-0").read_text() or 0) > step + 200)
     assert [process.poll() for process in started] == [None, None] and not run.hang(1).exists()
+
+
+def test_a_long_save_is_no_hang(ranks):
+    run, started = ranks("for _ in range(40): time.sleep(0.1); pulse.alive()", timeout=1.5, count=1)
+    until(lambda: int((run.path / "step-0").read_text() or 0) > 10)
+    assert started[0].poll() is None and not run.hang(1).exists()
 
 
 def test_a_full_disk_is_one_warning(tmp_path, capfd):

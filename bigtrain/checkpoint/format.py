@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -88,7 +88,7 @@ class State(Section):
     """The optimizer's numbers that are not tensors."""
     loss_scaler: dict[str, float]
     metrics: dict[str, float]
-    """Of the evaluation at this step; empty when there was none."""
+    """Of the evaluation at this step, those that are finite; empty when there was none."""
     versions: dict[str, str] = Field(default_factory=dict)
 
 
@@ -190,9 +190,9 @@ def manifest(folder: Path, known: dict[str, list[Any]]) -> dict[str, Any]:
     return {"version": VERSION, "files": files, "checksum": _own_checksum(files)}
 
 
-def verify(checkpoint: Path, share: tuple[int, int] | None = (0, 1)) -> None:
+def verify(checkpoint: Path, share: tuple[int, int] | None = (0, 1), sign: Callable[[], None] = lambda: None) -> None:
     """Compare the files with the manifest: names and sizes of all, contents of every n-th from the i-th on, `share` being (i, n);
-    of none with None.
+    of none with None. `sign` is called after every file.
 
     Raises RunError naming the first file that is missing, cut, changed, a link, or not listed.
     """
@@ -222,6 +222,7 @@ def verify(checkpoint: Path, share: tuple[int, int] | None = (0, 1)) -> None:
                 raise RunError(f"{file}: checksum differs from the manifest; the file was changed after it was written")
         except OSError as error:
             raise RunError(f"{file}: cannot be read ({error.strerror})") from None
+        sign()
 
 
 def _own_checksum(files: dict[str, Sequence[Any]]) -> str:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:  # it imports deepspeed, which evaluating and generating do wi
 
 
 class Reader:
-    """Random access to the fragments of one checkpoint."""
+    """Random access to the fragments of one checkpoint. `sign` is called after every `read`."""
 
-    def __init__(self, checkpoint: Path):
-        self.path = checkpoint
+    def __init__(self, checkpoint: Path, sign: Callable[[], None] = lambda: None):
+        self.path, self._sign = checkpoint, sign
         self.index: Index = format.read_index(checkpoint)
         self._by: dict[tuple[str, str], list[Fragment]] = defaultdict(list)
         for fragment in self.index.fragments:
@@ -55,6 +55,7 @@ class Reader:
                 at = high
         if at < end:
             raise RunError(f"{self.path}: {kind} of {parameter} lacks element {at} of {offset} to {end - 1}; use another checkpoint")
+        self._sign()
 
     def tensor(self, parameter: str, kind: str) -> torch.Tensor:
         """One whole parameter, float32, in its shape."""
@@ -102,7 +103,7 @@ def check(checkpoint: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, the same on all ranks, which share the reading; None when nothing is."""
     problem = None
     try:
-        format.verify(checkpoint, (world.rank, world.size))
+        format.verify(checkpoint, (world.rank, world.size), world.pulse.alive)
         if world.first:
             format.read_index(checkpoint)
             format.read_state(checkpoint)

@@ -29,9 +29,13 @@ class Kept:
         self._folder, self._rules = folder, rules
         self._sound: set[Path] = set()
 
+    def trust(self, checkpoint: Path) -> None:
+        """Count `checkpoint`, which has just been verified, as sound."""
+        self._sound.add(checkpoint)
+
     def added(self, checkpoint: Path) -> None:
         """Count `checkpoint`, just written and read back, as sound, and remove what need not stay."""
-        self._sound.add(checkpoint)
+        self.trust(checkpoint)
         self.prune()
 
     def prune(self, dry: bool = False) -> tuple[list[Path], dict[Path, str]]:

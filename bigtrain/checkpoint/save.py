@@ -78,8 +78,16 @@ def save(
     return final
 
 
-def write(final: Path, content: Content, world: World, rules: Checkpoint, guard: Callable[[], None]) -> Verdict:
-    """Write `content` as the checkpoint `final`; the same verdict on every rank."""
+def write(
+    final: Path,
+    content: Content,
+    world: World,
+    rules: Checkpoint,
+    guard: Callable[[], None],
+    sign: Callable[[], None] = lambda: None,
+) -> Verdict:
+    """Write `content` as the checkpoint `final`; the same verdict on every rank. When `guard` raises nothing is touched any more.
+    `sign` is called after every file of this rank."""
     temporary = final if rules.commit == "file" else final.with_name(f".{final.name}.writing")
 
     def agree(problem: Problem) -> Verdict:
@@ -87,24 +95,27 @@ def write(final: Path, content: Content, world: World, rules: Checkpoint, guard:
         if not problems:
             return None
         rank, text, lost = problems[0]
-        if world.first and not lost:  # else it may be the other attempt's by now
+        if world.first and _try(guard) is None:  # else it is the one that another attempt is writing now
             shutil.rmtree(temporary, ignore_errors=True)
         before = format.checkpoints(final.parent)
         safe = f"the newest complete checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
         return (LostRun if lost else RunError)(f"{final}: not written, rank {rank} says: {text}; {safe}")
 
+    def begin() -> None:
+        guard()  # what lies there unfinished may be another attempt's by now
+        _fresh(temporary, needed, rules.commit == "file")
+
     needed = sum(world.gather(sum(4 * tensor.numel() for *_, tensor in content.fragments)))
-    if verdict := agree(_try(lambda: _fresh(temporary, needed, rules.commit == "file", guard)) if world.first else None):
+    if verdict := agree(_try(begin) if world.first else None):
         return verdict
     written: list[Any] = []
-    if verdict := agree(_try(lambda: written.extend(_write_rank(temporary, content.fragments, world.rank, rules.file_bytes)))):
+    if verdict := agree(_try(lambda: written.extend(_write_rank(temporary, content.fragments, world.rank, rules.file_bytes, sign)))):
         return verdict
     gathered = world.gather(written)
     return agree(_try(lambda: _commit(temporary, final, content, gathered, guard)) if world.first else None)
 
 
-def _fresh(temporary: Path, needed: int, in_place: bool, guard: Callable[[], None]) -> None:
-    guard()
+def _fresh(temporary: Path, needed: int, in_place: bool) -> None:
     folder = temporary.parent
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = set(format.checkpoints(folder, complete=False)) - set(format.checkpoints(folder)) if in_place else ()
@@ -118,7 +129,9 @@ def _fresh(temporary: Path, needed: int, in_place: bool, guard: Callable[[], Non
     temporary.mkdir()
 
 
-def _write_rank(folder: Path, fragments: list[tuple], rank: int, file_bytes: int) -> tuple[list[list[Any]], dict[str, list[Any]]]:
+def _write_rank(
+    folder: Path, fragments: list[tuple], rank: int, file_bytes: int, sign: Callable[[], None]
+) -> tuple[list[list[Any]], dict[str, list[Any]]]:
     """Write this rank's files; its fragments, as the index lists them, and the files' entries for the manifest."""
     rows, entries, start = [], {}, 0
     while start < len(fragments):
@@ -130,6 +143,7 @@ def _write_rank(folder: Path, fragments: list[tuple], rank: int, file_bytes: int
         for key, (parameter, kind, offset, tensor) in enumerate(fragments[start:stop]):
             rows.append([parameter, kind, offset, tensor.numel(), name, str(key)])
         start = stop
+        sign()
     return rows, entries
 
 

@@ -19,7 +19,7 @@ from bigtrain.errors import DONE, FAILURE, HANG, STOPPED, USER_MISTAKE, UserErro
 GRACE_SECONDS = 10.0  # for the other ranks after one has failed, and once more between SIGTERM and SIGKILL
 HANG_SECONDS = 2.0  # for the other ranks' last words after one has found a hang; who does not answer now never will
 POLL_SECONDS = 0.05
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 
 
@@ -45,7 +45,7 @@ def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Ma
     the user has set wins over both. Call it from the main thread: signals are handled here, and Linux ends the ranks
     when the thread that started them ends.
 
-    SIGINT and SIGTERM go to every rank once, and their end is waited for; a second Ctrl-C kills them. The exit code is 2
+    SIGINT, SIGTERM and SIGUSR1 go to every rank once, and their end is waited for; a second Ctrl-C kills them. The exit code is 2
     where any rank found a user's mistake, else 76 where one found a hang, else that of the rank that failed first (a death
     by signal counts as 1), else 0. Raises UserError when the port is taken.
     """

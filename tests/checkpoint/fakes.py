@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bigtrain.checkpoint import save
+from bigtrain.watchdog import Pulse
 
 
 @dataclass
@@ -47,7 +48,7 @@ class World:
     """One of `size` ranks that are threads of this process."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: list[Any]):
-        self.rank, self.size, self.first = rank, size, rank == 0
+        self.rank, self.size, self.first, self.pulse = rank, size, rank == 0, Pulse()
         self._barrier, self._table = barrier, table
 
     def gather(self, value: Any) -> list[Any]:

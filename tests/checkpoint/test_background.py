@@ -69,6 +69,21 @@ def test_buffers_are_used_again_and_one_save_waits_for_the_one_before(tmp_path, 
     assert torch.equal(weights[0], values(SHAPES)["model"]["b"]) and torch.equal(weights[1], weights[0] + 1.0)
 
 
+def test_files_are_signs_of_life_while_training_waits(tmp_path):
+    signs = []
+
+    def one(world):
+        s = Saver(tmp_path, SHAPES, Checkpoint(file_bytes=1), world, lambda: None, lambda: signs.append(None))
+        s.start(1, mine(world), {**STATE, "step": 1}, FILES)
+        s._writing.exception()  # it has ended: training was at something else
+        behind = len(signs)
+        s.write(2, mine(world), {**STATE, "step": 2}, FILES)
+        return behind, len(signs)
+
+    files = sum(len(kind) for kind in values(SHAPES).values())
+    assert on_ranks(1, one) == [(0, files)]
+
+
 @pytest.mark.parametrize("bad_rank", [0, 1])
 def test_an_error_surfaces_on_every_rank(tmp_path, monkeypatch, bad_rank):
     real = save._write_tensors
@@ -96,24 +111,28 @@ def test_an_error_surfaces_on_every_rank(tmp_path, monkeypatch, bad_rank):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
 
 
-@pytest.mark.parametrize("after", [0, 1])
-def test_one_that_lost_the_run_does_not_commit(tmp_path, after):
-    """Neither when it is known before a file is written, nor when it is found just before the commit; and it clears nothing away."""
-    others = tmp_path / ".step-00000007.writing"
-    others.mkdir()
-    calls = []
+@pytest.mark.parametrize("commit", ["rename", "file"])
+@pytest.mark.parametrize("lost_after", [0, 1])
+def test_one_that_lost_the_run_touches_nothing_of_the_others(tmp_path, commit, lost_after):
+    """The same step, which the attempt that took the run over has written, or is writing; `lost_after` so many looks."""
+    looks = []
 
     def taken():
-        calls.append(1)
-        if len(calls) > after:
+        looks.append(None)
+        if len(looks) > lost_after:
+            theirs.mkdir(exist_ok=True)
+            (theirs / "theirs").touch()
             raise LostRun("attempt 3 has taken this run over")
 
-    def one(world):
-        with pytest.raises(LostRun, match="rank 0 says: attempt 3 has taken this run over"):
-            saver(tmp_path, world, taken).write(1, mine(world), {**STATE, "step": 1}, FILES)
+    theirs = tmp_path / (".step-00000001.writing" if commit == "rename" else "step-00000001")
+    (tmp_path / ".step-00000009.writing").mkdir()
 
-    assert on_ranks(2, one) == [None, None] and format.checkpoints(tmp_path) == []
-    assert others.exists() == (after == 0)
+    def one(world):
+        with pytest.raises(LostRun, match="attempt 3 has taken this run over"):
+            saver(tmp_path, world, taken, commit=commit).write(1, mine(world), {**STATE, "step": 1}, FILES)
+
+    assert on_ranks(2, one) == [None, None] and (theirs / "theirs").exists()
+    assert (tmp_path / ".step-00000009.writing").exists() == (lost_after == 0)
 
 
 def test_no_rename_where_a_manifest_counts(tmp_path, monkeypatch):

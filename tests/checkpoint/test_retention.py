@@ -53,6 +53,16 @@ def test_two_sound_ones_stay_whatever_the_newest_are_like(tmp_path):
     assert steps(format.checkpoints(tmp_path)) == [2, 3, 5, 6]
 
 
+def test_what_has_just_been_verified_is_not_read_again(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        write(tmp_path, step, size=1)
+    monkeypatch.setattr(format, "verify", None)
+    kept = Kept(tmp_path, Checkpoint())
+    kept.trust(tmp_path / "step-00000002")
+    kept.added(tmp_path / "step-00000003")
+    assert steps(format.checkpoints(tmp_path)) == [2, 3]
+
+
 def test_nothing_is_removed_while_fewer_than_two_are_sound(tmp_path):
     for step in (1, 2, 3, 4):
         write(tmp_path, step, size=1)

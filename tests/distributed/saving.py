@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -41,11 +42,14 @@ def stop_in_a_step(world, folder: Path, data: str) -> dict:
     close(first)
     saved = [format.step_of(c) for c in format.checkpoints(first.run.checkpoints)]
 
-    second = trainer(settings(data, folder, "stopped"), world)
+    second = trainer(settings(data, folder, "stopped", checkpoint={"keep": 2}), world)
     second.resume(format.checkpoints(second.run.checkpoints)[-1])
+    verify, read = format.verify, []
+    format.verify = lambda path, *rest: read.append(path.name)
     second.train()
+    format.verify = verify
     close(second)
-    return {"said": said, "passes": passes.count(6), "saved": saved}
+    return {"said": said, "passes": passes.count(6), "saved": saved, "read": read}
 
 
 def failing(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
@@ -102,3 +106,12 @@ def lost(world, folder: Path, data: str) -> dict:
     saved = [format.step_of(c) for c in format.checkpoints(t.run.checkpoints)]
     close(t)
     return {"raised": raised, "step": t.progress.step, "saved": saved}
+
+
+def diverged(world, folder: Path, data: str) -> dict[int, dict[str, float]]:
+    """The metrics in the checkpoints of a run whose held-out loss is out of bounds: by step."""
+    t = trainer(settings(data, folder, "diverged", train={"steps": 6}, evaluate={"every": 3, "sequences": 8}), world)
+    t.task.metrics = lambda *sums: {"loss": 800.0, "perplexity": math.inf, "bits_per_byte": math.nan}
+    t.train()
+    close(t)
+    return {format.step_of(path): format.read_state(path).metrics for path in format.checkpoints(t.run.checkpoints)}

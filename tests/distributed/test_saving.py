@@ -114,6 +114,7 @@ def test_a_stop_in_the_middle_of_a_step(ranks, data):
     for found in ranks("saving:stop_in_a_step", 2, data, data=str(data)):
         assert found["said"].startswith("stopped on request in the middle of step 6, which was given up")
         assert found["passes"] == 3 and found["saved"] == [3, 5]
+        assert found["read"] == []  # that of step 5 was verified before the run went on from it
     ours, theirs = (tensors(data / f"runs/{name}/checkpoints/step-00000012") for name in ("stopped", "straight"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -123,3 +124,8 @@ def test_a_run_that_was_taken_over_ends(ranks, data):
     for found in ranks("saving:lost", 2, data, data=str(data)):
         assert "step-00000006: not written, rank 0 says: attempt 2 has taken the run over" in found["raised"]
         assert found["saved"] == [3] and found["step"] < 12
+
+
+def test_metrics_that_are_not_finite_keep_no_checkpoint_from_being_written(ranks, data):
+    [found] = ranks("saving:diverged", 1, data, data=str(data))
+    assert found == {"3": {"validation_loss": 800.0}, "6": {"validation_loss": 800.0}}

@@ -138,6 +138,7 @@ def arrived(number, frame):
 if STATE != "starts":
     signal.signal(signal.SIGINT, arrived)
     signal.signal(signal.SIGTERM, arrived)
+    signal.signal(signal.SIGUSR1, arrived)
 open(f'ready-{rank}', 'w').write(str(os.getpid()))
 for _ in range(1500): time.sleep(0.02)
 """
@@ -182,7 +183,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_every_rank_once_and_their_saving_is_waited_for(launcher, tmp_path, number):
     process = launcher("trains")
     os.killpg(process.pid, number)  # as a terminal does: to everyone in the launcher's group
