@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -145,7 +145,8 @@ class Trainer:
                         self.finish_step()
                         self.save_on_the_way()
         except BigtrainError:  # all ranks have agreed on it, so a checkpoint that is being written can be finished
-            self.finish_saving()
+            with suppress(RunError):  # what ended the run is what is told
+                self.finish_saving()
             raise
 
     def take(self, batches: Iterator[tuple[list[dict[str, Any]], int]]) -> tuple[list[dict[str, Any]], int]:

@@ -175,7 +175,10 @@ def restore(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> 
     Raises UserError when there is no checkpoint or it has no such weights, RunError when it is damaged.
     """
     checkpoint = find(path)
-    format.verify(checkpoint)
+    try:
+        format.verify(checkpoint)
+    except RunError as error:
+        raise RunError(f"{error}. An earlier checkpoints/step-* of the run may be given instead") from None
     reader = Reader(checkpoint)
     if kind not in reader.index.kinds:
         raise _no_average(reader)
