@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from . import attention_kernels as kernels
-from .launch import Case, Launch, architecture
+from .launch import Case, Launch, architecture, operator
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128, 256)
@@ -270,7 +270,7 @@ def _range_stride(mask: Mask, keys: bool = False) -> int:
     return 0 if len(ends) == 1 else ends.shape[1]
 
 
-@torch.library.custom_op("bigtrain::attention", mutates_args=())
+@operator("bigtrain::attention")
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
     end_query: Tensor | None, causal: bool, scale: float, cap: float,
@@ -285,7 +285,7 @@ def _(q, k, v, sink, first_key, end_key, first_query, end_query, causal, scale, 
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("bigtrain::attention_backward", mutates_args=())
+@operator("bigtrain::attention_backward")
 def attention_backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first_key: Tensor | None,
     end_key: Tensor | None, first_query: Tensor | None, end_query: Tensor | None, causal: bool, scale: float, cap: float,
