@@ -38,6 +38,8 @@ REPRESENTATIVE = (
     "sm_80 attention d128 bf16 causal",
     "sm_90 attention d64 bf16 causal",
     "sm_90 attention d128 bf16 causal",
+    "sm_80 attention forward d64 fp16 causal",
+    "sm_90 attention d128 fp16 causal",
     "sm_100 attention forward d128 bf16 causal",
     "gfx942 attention forward d128 bf16 causal",
     "sm_90 norm rms_norm 4096 bfloat16",
