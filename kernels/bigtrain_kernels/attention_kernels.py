@@ -11,6 +11,10 @@ import triton
 import triton.language as tl
 
 
+LANES: tl.constexpr = tl.constexpr(8)
+"""Columns of a tile of scores that """
+
+
 @triton.jit
 def _tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
@@ -85,7 +89,7 @@ def _attend(
         else:
             p = tl.exp2(s * rate - base[:, None])
         decay = tl.exp2(peak - base)
-        weight = weight * decay + tl.sum(p, 1)
+        weight = weight * decay[:, None] + tl.sum(tl.reshape(p, [p.shape[0], BLOCK_N // LANES, LANES]), 1)
         v = _load(V, S - n, stride_v, rows, columns, D, not MASKED)
         total = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision=PRECISION)
         peak = new
@@ -112,13 +116,15 @@ def forward(
     if RANGES:
         first = tl.load(FIRST + b * range_b + m + rows, mask=valid, other=0)
         end = tl.load(END + b * range_b + m + rows, mask=valid, other=0)
+        start, whole, whole_end, stop = _bounds(first, end, valid, S, BLOCK_N)
     else:
-        first = tl.zeros([BLOCK_M], tl.int32)
-        end = tl.maximum(tl.minimum(m + rows + 1 + S - T, S), 0) if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
-    start, whole, whole_end, stop = _bounds(first, end, valid, S, BLOCK_N)
+        first, start, whole = 0, 0, 0
+        end = m + rows + 1 + S - T if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
+        whole_end = (tl.maximum(m + 1 + S - T, 0) if CAUSAL else S) // BLOCK_N * BLOCK_N
+        stop = tl.maximum(tl.minimum(m + BLOCK_M, T) + S - T, 0) if CAUSAL else S
     q = _load(Q + b * qb + h * qh + row * qt, T - m, qt, rows, columns, D, False)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
+    weight = tl.zeros([BLOCK_M, LANES], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for phase in tl.static_range(3):
         if (phase == 0 and RANGES) or phase == 1 or (phase == 2 and (RANGES or CAUSAL or not EVEN)):
@@ -127,6 +133,7 @@ def forward(
                 total, weight, peak, q, K, V, begin, until, first, end, S, ks, vs, rate, cap,
                 D, BLOCK_D, BLOCK_N, phase != 1, RANGES, CAP, PRECISION,
             )  # fmt: skip
+    weight = tl.sum(weight, 1)
     if SINKS:
         sink = tl.load(SINK + h).to(tl.float32) * 1.4426950408889634
         new = tl.maximum(peak, sink)
@@ -172,15 +179,15 @@ def _add_kv(
     blocks = tl.maximum(tl.cdiv(stop - start, BLOCK_M), 0)
     turn_q = head_q - tl.cast(blocks - 1, tl.int64) * BLOCK_M * stride_q  # from the last block of a head to the first of the next
     turn_g = head_g - tl.cast(blocks - 1, tl.int64) * BLOCK_M * stride_g
-    m = start
+    m, at = start, start
     for _ in range(0, group * blocks):
         q = _load(Q, T - m, stride_q, rows, columns, D, not MASKED)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if MASKED:
-            lse = tl.load(LSE + m + rows, mask=m + rows < T, other=0.0)
-            delta = tl.load(DELTA + m + rows, mask=m + rows < T, other=0.0)
+            lse = tl.load(LSE + at + rows, mask=m + rows < T, other=0.0)
+            delta = tl.load(DELTA + at + rows, mask=m + rows < T, other=0.0)
         else:
-            lse, delta = tl.load(LSE + m + rows), tl.load(DELTA + m + rows)
+            lse, delta = tl.load(LSE + at + rows), tl.load(DELTA + at + rows)
         if CAP:
             t = _tanh(s * (rate / cap))
             p = tl.exp2(cap * t - lse[None, :])
@@ -202,8 +209,7 @@ def _add_kv(
         m = tl.where(turn, start, m)
         Q += tl.where(turn, turn_q, BLOCK_M * stride_q)
         GRAD += tl.where(turn, turn_g, BLOCK_M * stride_g)
-        LSE += tl.where(turn, T, 0)
-        DELTA += tl.where(turn, T, 0)
+        at += tl.where(turn, T - (blocks - 1) * BLOCK_M, BLOCK_M)
     return dk, dv
 
 
@@ -223,10 +229,13 @@ def backward_kv(
     if RANGES:
         first = tl.load(FIRST + b * range_b + n + rows, mask=valid, other=0)
         end = tl.load(END + b * range_b + n + rows, mask=valid, other=0)
+        start, whole, whole_end, stop = _bounds(first, end, valid, T, BLOCK_M)
     else:
-        first = tl.maximum(n + rows - (S - T), 0) if CAUSAL else tl.zeros([BLOCK_N], tl.int32)
-        end = tl.zeros([BLOCK_N], tl.int32) + T
-    start, whole, whole_end, stop = _bounds(first, end, valid, T, BLOCK_M)
+        first = n + rows - (S - T) if CAUSAL else tl.zeros([BLOCK_N], tl.int32)
+        end, stop = T, T
+        start = tl.maximum(n - (S - T), 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
+        whole = tl.minimum(tl.cdiv(tl.maximum(tl.minimum(n + BLOCK_N, S) - 1 - (S - T), 0), BLOCK_M) * BLOCK_M, T) if CAUSAL else 0
+        whole_end = tl.maximum(whole, T // BLOCK_M * BLOCK_M)
     k = _load(K + b * kb + g * kg + row * ks, S - n, ks, rows, columns, D, False)
     v = _load(V + b * vb + g * vg + row * vs, S - n, vs, rows, columns, D, False)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -295,10 +304,12 @@ def backward_q(
     if RANGES:
         first = tl.load(FIRST + b * range_b + m + rows, mask=valid, other=0)
         end = tl.load(END + b * range_b + m + rows, mask=valid, other=0)
+        start, whole, whole_end, stop = _bounds(first, end, valid, S, BLOCK_N)
     else:
-        first = tl.zeros([BLOCK_M], tl.int32)
-        end = tl.maximum(tl.minimum(m + rows + 1 + S - T, S), 0) if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
-    start, whole, whole_end, stop = _bounds(first, end, valid, S, BLOCK_N)
+        first, start, whole = 0, 0, 0
+        end = m + rows + 1 + S - T if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
+        whole_end = (tl.maximum(m + 1 + S - T, 0) if CAUSAL else S) // BLOCK_N * BLOCK_N
+        stop = tl.maximum(tl.minimum(m + BLOCK_M, T) + S - T, 0) if CAUSAL else S
     q = _load(Q + b * qb + h * qh + row * qt, T - m, qt, rows, columns, D, False)
     grad = _load(GRAD + b * gb + h * gh + row * gt, T - m, gt, rows, columns, D, False)
     lse = tl.load(LSE + (b * H + h) * T + m + rows, mask=valid, other=0.0)
