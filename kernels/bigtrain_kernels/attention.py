@@ -68,9 +68,7 @@ def _entries(sizes: str) -> Iterator[tuple[Key, Launch]]:
 FORWARD = dict(
     _entries("""
         sm_80         32           2  any  128  64  4  3
-        sm_80         64           2  any  128  64  4  2
-        sm_80         128          2  plain  128  64  8  2
-        sm_80         128          2  ranges  128  64  8  3
+        sm_80         64,128       2  any  128  64  8  2
         sm_80         256          2  any   64  64  8  2
         sm_90         32,64        2  any  128 128  8  3
         sm_90         128          2  any  128 128  8  2

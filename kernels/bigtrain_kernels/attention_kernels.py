@@ -4,15 +4,18 @@ Scores are kept in units of log 2, so that exponentials are the hardware's exp2:
 backward pass, LSE are in those units too. A block of rows sees a range of blocks, of which the first and the last few may need
 a mask: see `_bounds`.
 
+Strides of what a loop loads are compiled in: a thread's rows are then one address and constants. The loops carry pointers rather
+than multiply their counter in 64 bits: its widening leaves a block between a loop and the wait for its last product that sets the
+accumulators, for which NVIDIA's assembler lets no HGMMA of the kernel overlap the next (its advisory C7515).
+
 B batch, T query length, S key length, H query heads, G key and value heads, D head dim; M queries and N keys of a block.
 """
 
 import triton
 import triton.language as tl
 
-
 LANES: tl.constexpr = tl.constexpr(8)
-"""Columns of a tile of scores that """
+"""Sums that a row of weights is kept in: tensor cores leave every eighth column with the same thread, which can add those alone."""
 
 
 @triton.jit
@@ -23,7 +26,7 @@ def _tanh(x):
 @triton.jit
 def _load(base, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr):
     """These rows of [left, D] at `base`, beyond them and beyond D zeros. WHOLE: all of them are there."""
-    at = base + columns[None, :] + rows[:, None] * stride
+    at = base + rows[:, None] * stride + columns[None, :]
     if WHOLE:
         return tl.load(at) if columns.shape[0] == D else tl.load(at, mask=columns[None, :] < D, other=0.0)
     inside = rows[:, None] < left
@@ -35,7 +38,7 @@ def _store(base, left, stride, rows, columns, value, D: tl.constexpr):
     inside = rows[:, None] < left
     if columns.shape[0] > D:
         inside = inside & (columns[None, :] < D)
-    tl.store(base + columns[None, :] + rows[:, None] * stride, value.to(base.dtype.element_ty), mask=inside)
+    tl.store(base + rows[:, None] * stride + columns[None, :], value.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -75,7 +78,7 @@ def _attend(
         if CAP:
             s = cap * _tanh(s * (rate / cap))  # cap and rate / cap in units of log 2 alike
         if MASKED:
-            seen = rows[None, :] < (end - n)[:, None]
+            seen = n + rows[None, :] < end[:, None]
             if RANGES:
                 seen &= rows[None, :] >= (first - n)[:, None]
             s = tl.where(seen, s, float("-inf"))
@@ -167,7 +170,8 @@ def row_sums(
 
 @triton.jit
 def _add_kv(
-    dk, dv, k, v, Q, GRAD, LSE, DELTA, start, stop, first, end, T, group, stride_q: tl.constexpr, head_q, stride_g: tl.constexpr, head_g, rate, cap,
+    dk, dv, k, v, Q, GRAD, LSE, DELTA, start, stop, first, end, T, group, stride_q: tl.constexpr, head_q, stride_g: tl.constexpr, head_g,
+    rate, cap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, RANGES: tl.constexpr, CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -216,7 +220,8 @@ def _add_kv(
 @triton.jit
 def backward_kv(
     Q, K, V, GRAD, LSE, DELTA, DK, DV, FIRST, END,
-    qb, qt: tl.constexpr, qh, kb, ks, kg, vb, vs, vg, gb, gt: tl.constexpr, gh, dkb, dks, dkg, dvb, dvs, dvg, range_b, T, S, H, group, scale, rate, cap,
+    qb, qt: tl.constexpr, qh, kb, ks, kg, vb, vs, vg, gb, gt: tl.constexpr, gh, dkb, dks, dkg, dvb, dvs, dvg, range_b, T, S, H, group,
+    scale, rate, cap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -274,7 +279,7 @@ def _add_q(
         else:
             p = tl.exp2(s * rate - lse[:, None])
         if MASKED:
-            seen = rows[None, :] < (end - n)[:, None]
+            seen = n + rows[None, :] < end[:, None]
             if RANGES:
                 seen &= rows[None, :] >= (first - n)[:, None]
             p = tl.where(seen, p, 0.0)
