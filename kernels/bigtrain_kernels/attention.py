@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from . import attention_kernels as kernels
-from .launch import Case, Launch, architecture
+from .launch import Case, Launch, architecture, operator
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128, 256)
@@ -68,13 +68,12 @@ def _entries(sizes: str) -> Iterator[tuple[Key, Launch]]:
 FORWARD = dict(
     _entries("""
         sm_80         32           2  any  128  64  4  3
-        sm_80         64           2  any  128  64  8  3
-        sm_80         128          2  plain  128  64  8  2
-        sm_80         128          2  ranges  128  64  8  3
+        sm_80         64,128       2  any  128  64  8  2
         sm_80         256          2  any   64  64  8  2
         sm_90         32,64        2  any  128 128  8  3
         sm_90         128          2  any  128 128  8  2
-        sm_100        32           2  any  128 128  8  3
+        sm_100        32           2  plain  128 128  8  3
+        sm_100        32           2  ranges  128  64  8  3
         sm_100        64,128       2  any  128  64  8  3
         sm_90,sm_100  256          2  any  128  32  8  2
         gfx942        32,64,128    2  any  128  64  4  1
@@ -82,7 +81,10 @@ FORWARD = dict(
         sm_80         32,64        4  any   32  32  4  1
         sm_80         128          4  any   32  32  8  1
         sm_80         256          4  any   16  16  8  1
-        sm_90,sm_100  32,64        4  any   32  32  4  1
+        sm_90,sm_100  32           4  any   32  32  4  1
+        sm_90,sm_100  64           4  plain  32  32  4  1
+        sm_90         64           4  ranges  32  16  4  1
+        sm_100        64           4  ranges  32  32  4  1
         sm_90,sm_100  128,256      4  any   16  16  8  1
         gfx942        32,64        4  any   32  32  4  1
         gfx942        128,256      4  any   16  16  4  1
@@ -106,9 +108,12 @@ BACKWARD_KV = dict(
         gfx942        32,64        2  any   64  64  4  1
         gfx942        128          2  any   32  64  4  1
         gfx942        256          2  any   32  32  4  1
-        sm_80         32,64,128    4  any   32  32  8  1
+        sm_80         32           4  any   32  32  8  1
+        sm_80         64,128       4  any   16  32  8  1
         sm_80         256          4  any   16  16  8  1
-        sm_90,sm_100  32,64        4  any   32  32  8  1
+        sm_90,sm_100  32           4  any   32  32  8  1
+        sm_90         64           4  any   32  32  8  1
+        sm_100        64           4  any   16  32  8  1
         sm_90,sm_100  128,256      4  any   16  16  8  1
         gfx942        32,64        4  any   32  32  4  1
         gfx942        128,256      4  any   16  16  4  1
@@ -121,7 +126,8 @@ BACKWARD_Q = dict(
         sm_80         32           2  any   64  64  4  2
         sm_80         64           2  any  128  64  8  2
         sm_80         128          2  any   64  32  8  2
-        sm_80         256          2  any   32  32  8  1
+        sm_80         256          2  plain  32  32  4  1
+        sm_80         256          2  ranges  32  32  8  1
         sm_90,sm_100  32,128       2  any  128  64  8  2
         sm_90         64           2  any  128 128  8  2
         sm_100        64           2  any  128  64  8  2
@@ -131,7 +137,9 @@ BACKWARD_Q = dict(
         gfx942        128          2  any   64  32  4  1
         gfx942        256          2  any   32  32  4  1
         sm_80,sm_90   32           4  any   32  16  4  1
-        sm_80,sm_90   64           4  any   32  32  4  1
+        sm_80         64           4  plain  32  16  4  1
+        sm_80         64           4  ranges  32  32  4  1
+        sm_90         64           4  any   32  32  4  1
         sm_80         128          4  any   32  32  8  1
         sm_80         256          4  any   16  16  8  1
         sm_100        32,64        4  any   32  32  4  1
@@ -181,6 +189,7 @@ def row_sums(grad_BTHD: Tensor, out_BTHD: Tensor, grad_lse_BHT: Tensor | None) -
         kernels.row_sums[triton.cdiv(T, ROWS), B * H](
             out_BTHD, grad, delta if grad_lse_BHT is None else grad_lse_BHT.contiguous(), delta, *_strides(out_BTHD, grad), T, H,
             D=D, BLOCK_D=_block_dim(D), BLOCK_M=ROWS, HAS_LSE=grad_lse_BHT is not None,
+            num_warps=4 if D <= 64 else 8,  # on 4, rows of 128 in fp16 spill on sm_100
         )  # fmt: skip
     return delta
 
@@ -270,7 +279,7 @@ def _range_stride(mask: Mask, keys: bool = False) -> int:
     return 0 if len(ends) == 1 else ends.shape[1]
 
 
-@torch.library.custom_op("bigtrain::attention", mutates_args=())
+@operator("bigtrain::attention")
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
     end_query: Tensor | None, causal: bool, scale: float, cap: float,
@@ -285,7 +294,7 @@ def _(q, k, v, sink, first_key, end_key, first_query, end_query, causal, scale, 
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("bigtrain::attention_backward", mutates_args=())
+@operator("bigtrain::attention_backward")
 def attention_backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first_key: Tensor | None,
     end_key: Tensor | None, first_query: Tensor | None, end_query: Tensor | None, causal: bool, scale: float, cap: float,
@@ -325,21 +334,27 @@ attention.register_autograd(_gradients, setup_context=_save)
 
 
 def cases(architecture: str) -> Iterator[Case]:
-    """Every entry of the tables for one architecture, causal and with ranges: 4 sequences of 4,096 tokens, 16 heads on 4."""
+    """Every entry of the tables for one architecture, causal and with ranges: 4 sequences of 4,096 tokens, 16 heads on 4.
+
+    16-bit entries in bf16; fp16, which shares them, for the usual widths.
+    """
     for arch, width, size, masked in FORWARD:
         if arch == architecture:
-            yield from _cases(width, size, masked)
+            yield from _cases(width, torch.bfloat16 if size == 2 else torch.float32, masked)
+            if size == 2 and width in (64, 128) and not masked:
+                yield from _cases(width, torch.float16, masked)
 
 
-def _cases(D: int, size: int, masked: bool) -> Iterator[Case]:
+def _cases(D: int, dtype: torch.dtype, masked: bool) -> Iterator[Case]:
     B, T, H, G = 4, 4096, 16, 4
-    dtype = torch.bfloat16 if size == 2 else torch.float32
+    size = dtype.itemsize
     q, out, grad = (torch.empty(B, T, H, D, dtype=dtype, device="meta") for _ in range(3))
     k, v = (torch.empty(B, T, G, D, dtype=dtype, device="meta") for _ in range(2))
     lse, delta = (torch.empty(B, H, T, device="meta") for _ in range(2))
     positions = torch.empty(B, T, dtype=torch.int32, device="meta")
     mask = Mask(not masked, D**-0.5, seen=Ranges(positions, positions, positions, positions) if masked else None)
-    label = f"d{D} {'bf16' if size == 2 else 'fp32'} {'ranges' if masked else 'causal'}"
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    label = f"d{D} {name} {'ranges' if masked else 'causal'}"
     product = 2 * B * H * T * T * D // 2  # one matrix product over the half that a causal mask leaves
     wide, narrow, row = size * q.numel(), size * k.numel(), 4 * lse.numel()
     inputs = grad, delta, q, k, v, lse, mask

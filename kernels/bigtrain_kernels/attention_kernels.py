@@ -4,11 +4,18 @@ Scores are kept in units of log 2, so that exponentials are the hardware's exp2:
 backward pass, LSE are in those units too. A block of rows sees a range of blocks, of which the first and the last few may need
 a mask: see `_bounds`.
 
+Strides of what a loop loads are compiled in: a thread's rows are then one address and constants. The loops carry pointers rather
+than multiply their counter in 64 bits: its widening leaves a block between a loop and the wait for its last product that sets the
+accumulators, for which NVIDIA's assembler lets no HGMMA of the kernel overlap the next (its advisory C7515).
+
 B batch, T query length, S key length, H query heads, G key and value heads, D head dim; M queries and N keys of a block.
 """
 
 import triton
 import triton.language as tl
+
+LANES: tl.constexpr = tl.constexpr(8)
+"""Sums that a row of weights is kept in: tensor cores leave every eighth column with the same thread, which can add those alone."""
 
 
 @triton.jit
@@ -17,23 +24,21 @@ def _tanh(x):
 
 
 @triton.jit
-def _load(base, start, length, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows start + rows of [length, D] at `base`, beyond them and beyond D zeros. WHOLE: all rows are within the length."""
-    at = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+def _load(base, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr):
+    """These rows of [left, D] at `base`, beyond them and beyond D zeros. WHOLE: all of them are there."""
+    at = base + rows[:, None] * stride + columns[None, :]
     if WHOLE:
         return tl.load(at) if columns.shape[0] == D else tl.load(at, mask=columns[None, :] < D, other=0.0)
-    inside = start + rows[:, None] < length
+    inside = rows[:, None] < left
     return tl.load(at, mask=inside if columns.shape[0] == D else inside & (columns[None, :] < D), other=0.0)
 
 
 @triton.jit
-def _store(base, start, length, stride, rows, columns, value, D: tl.constexpr):
-    inside = start + rows[:, None] < length
+def _store(base, left, stride, rows, columns, value, D: tl.constexpr):
+    inside = rows[:, None] < left
     if columns.shape[0] > D:
         inside = inside & (columns[None, :] < D)
-    tl.store(
-        base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :], value.to(base.dtype.element_ty), mask=inside
-    )
+    tl.store(base + rows[:, None] * stride + columns[None, :], value.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -59,18 +64,23 @@ def _phase(phase: tl.constexpr, start, whole, whole_end, stop):
 
 @triton.jit
 def _attend(
-    total, weight, peak, q, K, V, start, stop, first, end, S, stride_k, stride_v, rate, cap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    total, weight, peak, q, K, V, start, stop, first, end, S, stride_k: tl.constexpr, stride_v: tl.constexpr, rate, cap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, RANGES: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys from start to stop. `rate` is scale * log2(e): scores are kept in units of log 2."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    K += tl.cast(start, tl.int64) * stride_k
+    V += tl.cast(start, tl.int64) * stride_v
     for n in range(start, stop, BLOCK_N):
-        k = _load(K, n, S, stride_k, rows, columns, D, not MASKED)
+        k = _load(K, S - n, stride_k, rows, columns, D, not MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
             s = cap * _tanh(s * (rate / cap))  # cap and rate / cap in units of log 2 alike
         if MASKED:
-            seen = (n + rows[None, :] >= first[:, None]) & (n + rows[None, :] < end[:, None])
+            seen = n + rows[None, :] < end[:, None]
+            if RANGES:
+                seen &= rows[None, :] >= (first - n)[:, None]
             s = tl.where(seen, s, float("-inf"))
         if CAP:
             new = tl.maximum(peak, tl.max(s, 1))
@@ -82,22 +92,25 @@ def _attend(
         else:
             p = tl.exp2(s * rate - base[:, None])
         decay = tl.exp2(peak - base)
-        weight = weight * decay + tl.sum(p, 1)
-        v = _load(V, n, S, stride_v, rows, columns, D, not MASKED)
+        weight = weight * decay[:, None] + tl.sum(tl.reshape(p, [p.shape[0], BLOCK_N // LANES, LANES]), 1)
+        v = _load(V, S - n, stride_v, rows, columns, D, not MASKED)
         total = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision=PRECISION)
         peak = new
+        K += BLOCK_N * stride_k
+        V += BLOCK_N * stride_v
     return total, weight, peak
 
 
 @triton.jit
 def forward(
     Q, K, V, OUT, LSE, FIRST, END, SINK,
-    qb, qt, qh, kb, ks, kg, vb, vs, vg, ob, ot, oh, range_b, T, S, H, group, rate, cap,
+    qb, qt, qh, kb, ks: tl.constexpr, kg, vb, vs: tl.constexpr, vg, ob, ot, oh, range_b, T, S, H, group, rate, cap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last blocks of a causal mask have the most keys: they go first, so that the short ones fill the gaps at the end.
     m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    row = m.to(tl.int64)
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     valid = m + rows < T
@@ -106,21 +119,24 @@ def forward(
     if RANGES:
         first = tl.load(FIRST + b * range_b + m + rows, mask=valid, other=0)
         end = tl.load(END + b * range_b + m + rows, mask=valid, other=0)
+        start, whole, whole_end, stop = _bounds(first, end, valid, S, BLOCK_N)
     else:
-        first = tl.zeros([BLOCK_M], tl.int32)
-        end = tl.maximum(tl.minimum(m + rows + 1 + S - T, S), 0) if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
-    start, whole, whole_end, stop = _bounds(first, end, valid, S, BLOCK_N)
-    q = _load(Q + b * qb + h * qh, m, T, qt, rows, columns, D, False)
+        first, start, whole = 0, 0, 0
+        end = m + rows + 1 + S - T if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
+        whole_end = (tl.maximum(m + 1 + S - T, 0) if CAUSAL else S) // BLOCK_N * BLOCK_N
+        stop = tl.maximum(tl.minimum(m + BLOCK_M, T) + S - T, 0) if CAUSAL else S
+    q = _load(Q + b * qb + h * qh + row * qt, T - m, qt, rows, columns, D, False)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
+    weight = tl.zeros([BLOCK_M, LANES], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for phase in tl.static_range(3):
         if (phase == 0 and RANGES) or phase == 1 or (phase == 2 and (RANGES or CAUSAL or not EVEN)):
             begin, until = _phase(phase, start, whole, whole_end, stop)
             total, weight, peak = _attend(
                 total, weight, peak, q, K, V, begin, until, first, end, S, ks, vs, rate, cap,
-                D, BLOCK_D, BLOCK_N, phase != 1, CAP, PRECISION,
+                D, BLOCK_D, BLOCK_N, phase != 1, RANGES, CAP, PRECISION,
             )  # fmt: skip
+    weight = tl.sum(weight, 1)
     if SINKS:
         sink = tl.load(SINK + h).to(tl.float32) * 1.4426950408889634
         new = tl.maximum(peak, sink)
@@ -128,7 +144,7 @@ def forward(
         weight = weight * decay + tl.exp2(sink - new)
         total, peak = total * decay[:, None], new
     total = total * tl.where(weight > 0, 1.0 / weight, 0.0)[:, None]
-    _store(OUT + b * ob + h * oh, m, T, ot, rows, columns, total, D)
+    _store(OUT + b * ob + h * oh + row * ot, T - m, ot, rows, columns, total, D)
     lse = tl.where(weight > 0, (peak + tl.log2(weight)) * 0.6931471805599453, float("-inf"))
     tl.store(LSE + (b * H + h) * T + m + rows, lse, mask=valid)
 
@@ -140,10 +156,11 @@ def row_sums(
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dLSE: what every score's gradient has subtracted."""
     m = tl.program_id(0) * BLOCK_M
+    row = m.to(tl.int64)
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    out = _load(OUT + b * ob + h * oh, m, T, ot, rows, columns, D, False).to(tl.float32)
-    grad = _load(GRAD + b * gb + h * gh, m, T, gt, rows, columns, D, False).to(tl.float32)
+    out = _load(OUT + b * ob + h * oh + row * ot, T - m, ot, rows, columns, D, False).to(tl.float32)
+    grad = _load(GRAD + b * gb + h * gh + row * gt, T - m, gt, rows, columns, D, False).to(tl.float32)
     delta = tl.sum(out * grad, 1)
     at = (b * H + h) * T + m + rows
     if HAS_LSE:
@@ -153,48 +170,63 @@ def row_sums(
 
 @triton.jit
 def _add_kv(
-    dk, dv, k, v, Q, GRAD, LSE, DELTA, start, stop, first, end, T, group, stride_q, head_q, stride_g, head_g, rate, cap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, Q, GRAD, LSE, DELTA, start, stop, first, end, T, group, stride_q: tl.constexpr, head_q, stride_g: tl.constexpr, head_g,
+    rate, cap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, RANGES: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the queries from start to stop of all heads of a group add to the gradients of a block of keys. Scores are [N, M] here."""
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    Q += tl.cast(start, tl.int64) * stride_q
+    GRAD += tl.cast(start, tl.int64) * stride_g
     # One loop over heads and blocks: a loop within a loop costs the compiler 60 registers, and spills.
     blocks = tl.maximum(tl.cdiv(stop - start, BLOCK_M), 0)
-    for i in range(0, group * blocks):
-        h = tl.cast(i // blocks, tl.int64)
-        m = start + i % blocks * BLOCK_M
-        q = _load(Q + h * head_q, m, T, stride_q, rows, columns, D, not MASKED)
+    turn_q = head_q - tl.cast(blocks - 1, tl.int64) * BLOCK_M * stride_q  # from the last block of a head to the first of the next
+    turn_g = head_g - tl.cast(blocks - 1, tl.int64) * BLOCK_M * stride_g
+    m, at = start, start
+    for _ in range(0, group * blocks):
+        q = _load(Q, T - m, stride_q, rows, columns, D, not MASKED)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if MASKED:
-            lse = tl.load(LSE + h * T + m + rows, mask=m + rows < T, other=0.0)
-            delta = tl.load(DELTA + h * T + m + rows, mask=m + rows < T, other=0.0)
+            lse = tl.load(LSE + at + rows, mask=m + rows < T, other=0.0)
+            delta = tl.load(DELTA + at + rows, mask=m + rows < T, other=0.0)
         else:
-            lse, delta = tl.load(LSE + h * T + m + rows), tl.load(DELTA + h * T + m + rows)
+            lse, delta = tl.load(LSE + at + rows), tl.load(DELTA + at + rows)
         if CAP:
             t = _tanh(s * (rate / cap))
             p = tl.exp2(cap * t - lse[None, :])
         else:
             p = tl.exp2(s * rate - lse[None, :])
         if MASKED:
-            seen = (m + rows[None, :] >= first[:, None]) & (m + rows[None, :] < end[:, None])
+            seen = rows[None, :] >= (first - m)[:, None]
+            if RANGES:  # without, what is beyond the last query has no gradient
+                seen &= rows[None, :] < (end - m)[:, None]
             p = tl.where(seen, p, 0.0)
-        grad = _load(GRAD + h * head_g, m, T, stride_g, rows, columns, D, not MASKED)
+        grad = _load(GRAD, T - m, stride_g, rows, columns, D, not MASKED)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
         if CAP:
             ds *= 1.0 - t * t
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        m += BLOCK_M
+        turn = m >= stop
+        m = tl.where(turn, start, m)
+        Q += tl.where(turn, turn_q, BLOCK_M * stride_q)
+        GRAD += tl.where(turn, turn_g, BLOCK_M * stride_g)
+        at += tl.where(turn, T - (blocks - 1) * BLOCK_M, BLOCK_M)
     return dk, dv
 
 
 @triton.jit
 def backward_kv(
     Q, K, V, GRAD, LSE, DELTA, DK, DV, FIRST, END,
-    qb, qt, qh, kb, ks, kg, vb, vs, vg, gb, gt, gh, dkb, dks, dkg, dvb, dvs, dvg, range_b, T, S, H, group, scale, rate, cap,
+    qb, qt: tl.constexpr, qh, kb, ks, kg, vb, vs, vg, gb, gt: tl.constexpr, gh, dkb, dks, dkg, dvb, dvs, dvg, range_b, T, S, H, group,
+    scale, rate, cap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N
+    row = n.to(tl.int64)
     G = H // group
     b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -202,12 +234,15 @@ def backward_kv(
     if RANGES:
         first = tl.load(FIRST + b * range_b + n + rows, mask=valid, other=0)
         end = tl.load(END + b * range_b + n + rows, mask=valid, other=0)
+        start, whole, whole_end, stop = _bounds(first, end, valid, T, BLOCK_M)
     else:
-        first = tl.maximum(n + rows - (S - T), 0) if CAUSAL else tl.zeros([BLOCK_N], tl.int32)
-        end = tl.zeros([BLOCK_N], tl.int32) + T
-    start, whole, whole_end, stop = _bounds(first, end, valid, T, BLOCK_M)
-    k = _load(K + b * kb + g * kg, n, S, ks, rows, columns, D, False)
-    v = _load(V + b * vb + g * vg, n, S, vs, rows, columns, D, False)
+        first = n + rows - (S - T) if CAUSAL else tl.zeros([BLOCK_N], tl.int32)
+        end, stop = T, T
+        start = tl.maximum(n - (S - T), 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
+        whole = tl.minimum(tl.cdiv(tl.maximum(tl.minimum(n + BLOCK_N, S) - 1 - (S - T), 0), BLOCK_M) * BLOCK_M, T) if CAUSAL else 0
+        whole_end = tl.maximum(whole, T // BLOCK_M * BLOCK_M)
+    k = _load(K + b * kb + g * kg + row * ks, S - n, ks, rows, columns, D, False)
+    v = _load(V + b * vb + g * vg + row * vs, S - n, vs, rows, columns, D, False)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     Q += b * qb + g * group * qh
     GRAD += b * gb + g * group * gh
@@ -218,22 +253,25 @@ def backward_kv(
             begin, until = _phase(phase, start, whole, whole_end, stop)
             dk, dv = _add_kv(
                 dk, dv, k, v, Q, GRAD, LSE, DELTA, begin, until, first, end, T, group, qt, qh, gt, gh, rate, cap,
-                D, BLOCK_D, BLOCK_M, phase != 1, CAP, PRECISION,
+                D, BLOCK_D, BLOCK_M, phase != 1, RANGES, CAP, PRECISION,
             )  # fmt: skip
-    _store(DK + b * dkb + g * dkg, n, S, dks, rows, columns, dk * scale, D)
-    _store(DV + b * dvb + g * dvg, n, S, dvs, rows, columns, dv, D)
+    _store(DK + b * dkb + g * dkg + row * dks, S - n, dks, rows, columns, dk * scale, D)
+    _store(DV + b * dvb + g * dvg + row * dvs, S - n, dvs, rows, columns, dv, D)
 
 
 @triton.jit
 def _add_q(
-    dq, q, grad, lse, delta, K, V, start, stop, first, end, S, stride_k, stride_v, rate, cap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, grad, lse, delta, K, V, start, stop, first, end, S, stride_k: tl.constexpr, stride_v: tl.constexpr, rate, cap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, RANGES: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the keys from start to stop add to the gradient of a block of queries."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    K += tl.cast(start, tl.int64) * stride_k
+    V += tl.cast(start, tl.int64) * stride_v
     for n in range(start, stop, BLOCK_N):
-        k = _load(K, n, S, stride_k, rows, columns, D, not MASKED)
-        v = _load(V, n, S, stride_v, rows, columns, D, not MASKED)
+        k = _load(K, S - n, stride_k, rows, columns, D, not MASKED)
+        v = _load(V, S - n, stride_v, rows, columns, D, not MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
             t = _tanh(s * (rate / cap))
@@ -241,23 +279,28 @@ def _add_q(
         else:
             p = tl.exp2(s * rate - lse[:, None])
         if MASKED:
-            seen = (n + rows[None, :] >= first[:, None]) & (n + rows[None, :] < end[:, None])
+            seen = n + rows[None, :] < end[:, None]
+            if RANGES:
+                seen &= rows[None, :] >= (first - n)[:, None]
             p = tl.where(seen, p, 0.0)
         ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if CAP:
             ds *= 1.0 - t * t
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        K += BLOCK_N * stride_k
+        V += BLOCK_N * stride_v
     return dq
 
 
 @triton.jit
 def backward_q(
     Q, K, V, GRAD, LSE, DELTA, DQ, FIRST, END,
-    qb, qt, qh, kb, ks, kg, vb, vs, vg, gb, gt, gh, dqb, dqt, dqh, range_b, T, S, H, group, scale, rate, cap,
+    qb, qt, qh, kb, ks: tl.constexpr, kg, vb, vs: tl.constexpr, vg, gb, gt, gh, dqb, dqt, dqh, range_b, T, S, H, group, scale, rate, cap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    row = m.to(tl.int64)
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     valid = m + rows < T
@@ -266,12 +309,14 @@ def backward_q(
     if RANGES:
         first = tl.load(FIRST + b * range_b + m + rows, mask=valid, other=0)
         end = tl.load(END + b * range_b + m + rows, mask=valid, other=0)
+        start, whole, whole_end, stop = _bounds(first, end, valid, S, BLOCK_N)
     else:
-        first = tl.zeros([BLOCK_M], tl.int32)
-        end = tl.maximum(tl.minimum(m + rows + 1 + S - T, S), 0) if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
-    start, whole, whole_end, stop = _bounds(first, end, valid, S, BLOCK_N)
-    q = _load(Q + b * qb + h * qh, m, T, qt, rows, columns, D, False)
-    grad = _load(GRAD + b * gb + h * gh, m, T, gt, rows, columns, D, False)
+        first, start, whole = 0, 0, 0
+        end = m + rows + 1 + S - T if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
+        whole_end = (tl.maximum(m + 1 + S - T, 0) if CAUSAL else S) // BLOCK_N * BLOCK_N
+        stop = tl.maximum(tl.minimum(m + BLOCK_M, T) + S - T, 0) if CAUSAL else S
+    q = _load(Q + b * qb + h * qh + row * qt, T - m, qt, rows, columns, D, False)
+    grad = _load(GRAD + b * gb + h * gh + row * gt, T - m, gt, rows, columns, D, False)
     lse = tl.load(LSE + (b * H + h) * T + m + rows, mask=valid, other=0.0)
     delta = tl.load(DELTA + (b * H + h) * T + m + rows, mask=valid, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -280,6 +325,6 @@ def backward_q(
             begin, until = _phase(phase, start, whole, whole_end, stop)
             dq = _add_q(
                 dq, q, grad, lse, delta, K, V, begin, until, first, end, S, ks, vs, rate, cap,
-                D, BLOCK_D, BLOCK_N, phase != 1, CAP, PRECISION,
+                D, BLOCK_D, BLOCK_N, phase != 1, RANGES, CAP, PRECISION,
             )  # fmt: skip
-    _store(DQ + b * dqb + h * dqh, m, T, dqt, rows, columns, dq * scale, D)
+    _store(DQ + b * dqb + h * dqh + row * dqt, T - m, dqt, rows, columns, dq * scale, D)

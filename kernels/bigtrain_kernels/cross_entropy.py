@@ -37,7 +37,7 @@ import triton
 from torch import Tensor
 
 from . import cross_entropy_kernels as kernels
-from .launch import INTERPRETED, Case, Launch, architecture
+from .launch import INTERPRETED, Case, Launch, architecture, operator
 from .reference import IGNORE
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -172,7 +172,7 @@ def _gradients_like(
     return tuple(x.new_empty(x.shape if need else 0) for x, need in like)
 
 
-@torch.library.custom_op("bigtrain::linear_cross_entropy", mutates_args=())
+@operator("bigtrain::linear_cross_entropy")
 def loss_and_gradients(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, z_loss: float, cap: float, smoothing: float,
     need_hidden: bool, need_weight: bool, need_bias: bool,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ARCHITECTURES, INTERPRETED, Case, Launch, architecture
+from .launch import ARCHITECTURES, INTERPRETED, Case, Launch, architecture, operator
 from .mlp import GLU, act
 from .tile import grouped
 
@@ -201,7 +201,7 @@ def _options(x_NE: Tensor, kind: str, launch: Launch) -> dict[str, object]:
     return {"KIND": GLU[kind], "WHOLE": whole, "PRECISION": "ieee", **launch.arguments()}
 
 
-@torch.library.custom_op("bigtrain::gated_linear", mutates_args=())
+@operator("bigtrain::gated_linear")
 def gated_linear(x_NE: Tensor, gate_FE: Tensor, up_FE: Tensor, kind: str) -> Tensor:
     """act(x gate^T) * (x up^T), [N, F], for x [N, E] and two weights [F, E]: Shazeer 2020, eq. 6. `kind` as in `mlp.glu`.
 
@@ -217,7 +217,7 @@ def gated_linear(x_NE: Tensor, gate_FE: Tensor, up_FE: Tensor, kind: str) -> Ten
     return forward(x_NE, gate_FE, up_FE, kind)
 
 
-@torch.library.custom_op("bigtrain::gated_linear_backward", mutates_args=())
+@operator("bigtrain::gated_linear_backward")
 def gated_linear_backward(grad_NF: Tensor, x_NE: Tensor, gate_FE: Tensor, up_FE: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The gradients of the two products; those of x and the weights are plain matrix products of them."""
     return backward(grad_NF, x_NE, gate_FE, up_FE, kind)

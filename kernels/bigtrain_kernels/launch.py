@@ -8,9 +8,10 @@ runs: every rank launches the same code, a run starts at once, and every entry h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.runtime import driver
 
@@ -42,6 +43,30 @@ class Case(NamedTuple):
     """Floating-point operations of the launch, by formula."""
     bytes: int
     """Bytes that it must move: each input read once, each output written once."""
+
+
+def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Any]:
+    """`torch.library.custom_op`, whose function runs with the GPU of its first argument, a tensor, as the current one.
+
+    Triton launches on the current GPU, whatever its arguments are on.
+    """
+
+    def register(function: Callable) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        return torch.library.custom_op(name, on_its_gpu(function), mutates_args=mutates_args, schema=schema)
+
+    return register
+
+
+def on_its_gpu(function: Callable) -> Callable:
+    """`function`, during which the GPU of its first argument is the current one; as it is for a tensor on no GPU."""
+
+    @functools.wraps(function)
+    def on_it(first: torch.Tensor, *rest: object) -> object:
+        with torch.cuda.device_of(first):
+            return function(first, *rest)
+
+    return on_it
 
 
 def interpreted() -> bool:

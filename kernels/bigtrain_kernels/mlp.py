@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, Case, Launch, architecture
+from .launch import INTERPRETED, Case, Launch, architecture, operator
 
 GLU = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Gated linear units, by the activation of their gate (Shazeer 2020, eq. 6)."""
@@ -123,7 +123,7 @@ def _matrices(xs: list[Tensor]) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in rows]
 
 
-@torch.library.custom_op("bigtrain::glu", mutates_args=())
+@operator("bigtrain::glu")
 def glu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """act(gate) * up for gate and up [..., F]: swiglu, geglu (exact GELU) or geglu_tanh.
 
@@ -133,13 +133,13 @@ def glu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     return forward(gate, up, _gate(gate, up, kind))
 
 
-@torch.library.custom_op("bigtrain::glu_backward", mutates_args=())
+@operator("bigtrain::glu_backward")
 def glu_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up."""
     return backward(grad, gate, up, _gate(gate, up, kind))
 
 
-@torch.library.custom_op("bigtrain::activation", mutates_args=())
+@operator("bigtrain::activation")
 def activation(x: Tensor, kind: str) -> Tensor:
     """gelu (exact) and gelu_tanh (Hendrycks and Gimpel 2016) or relu2 (So et al. 2021). Raises ValueError for another kind."""
     if kind not in ACTIVATIONS:
@@ -147,7 +147,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return forward(x, None, kind)
 
 
-@torch.library.custom_op("bigtrain::activation_backward", mutates_args=())
+@operator("bigtrain::activation_backward")
 def activation_backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     """The gradient of x."""
     return backward(grad, x, None, kind)[0]

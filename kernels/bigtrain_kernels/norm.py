@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, Case, Launch, architecture
+from .launch import INTERPRETED, Case, Launch, architecture, operator
 
 # Launches. Keys: architecture, width up to which it serves, bytes of an element. ROWS a program, or a step of its loop in the backward
 # pass, where as many PROGRAMS go over the rows as the processor can hold. A thread has 8 or 16 elements of a tile, in loads of 128 bits.
@@ -255,24 +255,24 @@ def _key(x: Tensor) -> tuple[str, int, int]:
     return architecture(), next(width for width in WIDTHS if width >= E), x.element_size()
 
 
-@torch.library.custom_op("bigtrain::rms_norm", mutates_args=())
+@operator("bigtrain::rms_norm")
 def _rms_norm(x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return forward(x_NE, residual_NE, weight_E, None, eps)
 
 
-@torch.library.custom_op("bigtrain::layer_norm", mutates_args=())
+@operator("bigtrain::layer_norm")
 def _layer_norm(x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, bias_E: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return forward(x_NE, residual_NE, weight_E, bias_E, eps)
 
 
-@torch.library.custom_op("bigtrain::rms_norm_backward", mutates_args=())
+@operator("bigtrain::rms_norm_backward")
 def _rms_norm_backward(
     grad_NE: Tensor, grad_sum_NE: Tensor | None, x_NE: Tensor, weight_E: Tensor, statistics_KN: Tensor
 ) -> tuple[Tensor, Tensor]:
     return backward(grad_NE, grad_sum_NE, x_NE, weight_E, None, statistics_KN)[:2]
 
 
-@torch.library.custom_op("bigtrain::layer_norm_backward", mutates_args=())
+@operator("bigtrain::layer_norm_backward")
 def _layer_norm_backward(
     grad_NE: Tensor, grad_sum_NE: Tensor | None, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, statistics_KN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

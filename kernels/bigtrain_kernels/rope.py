@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ARCHITECTURES, INTERPRETED, Case, Launch, architecture
+from .launch import ARCHITECTURES, INTERPRETED, Case, Launch, architecture, operator
 
 # Launches. Keys: architecture, pairs up to which it serves, bytes of an element. ROWS of a tile are HEADS, or as many as there are,
 # times positions. A thread has 8 or 16 elements of either half: one to four loads of 128 bits. (With fewer, some would be loaded by
@@ -104,7 +104,7 @@ def forward(
     return q_out, k_out
 
 
-@torch.library.custom_op("bigtrain::rope", mutates_args=())
+@operator("bigtrain::rope")
 def _rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     return forward(q, k, cos, sin, interleaved, inverse)
 
@@ -126,7 +126,7 @@ def _gradients(ctx, grad_q, grad_k):
 _rope_op.register_autograd(_gradients, setup_context=_save)
 
 
-@torch.library.custom_op("bigtrain::rope_", mutates_args=("q", "k"))
+@operator("bigtrain::rope_", mutates_args=("q", "k"))
 def _rope_op_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     forward(q, k, cos, sin, interleaved, False, inplace=True)
 

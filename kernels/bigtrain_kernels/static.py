@@ -38,6 +38,8 @@ REPRESENTATIVE = (
     "sm_80 attention d128 bf16 causal",
     "sm_90 attention d64 bf16 causal",
     "sm_90 attention d128 bf16 causal",
+    "sm_80 attention forward d64 fp16 causal",
+    "sm_90 attention d128 fp16 causal",
     "sm_100 attention forward d128 bf16 causal",
     "gfx942 attention forward d128 bf16 causal",
     "sm_90 norm rms_norm 4096 bfloat16",
@@ -185,6 +187,8 @@ def broken_choices(row: Row, accepted_spills: dict[str, dict[str, Any]]) -> Iter
     allowed = accepted_spills.get(row.key, {}).get("bytes", 0)
     if f.spilled_bytes > allowed:
         yield f"spills {f.spilled_bytes} bytes a thread" + (f", {allowed} accepted" if allowed else "")
+    if f.loop_tensor_core > 2 and f.loop_waits >= f.loop_tensor_core:
+        yield f"waits for each of the {f.loop_tensor_core} HGMMA of its main loop before the next"
     if f.loads.narrow_share > 0.5:
         yield f"loads {f.loads.narrow_share:.0%} of its bytes on the hot path neither 128 bits at a time nor asynchronously"
 

@@ -84,6 +84,8 @@ class Facts(NamedTuple):
     loop_tensor_core: int
     loop_matrix_flops: int
     """Floating-point operations of the main loop's matrix instructions, one warp's share; 0 where the code does not say (tcgen05)."""
+    loop_waits: int
+    """Of the main loop: waits for HGMMA. As many as HGMMAs: the assembler let none overlap the next (its advisory C7515 and others)."""
     resident_warps: int
     """What a multiprocessor can hold at a time."""
     tall_matmuls: int
@@ -248,6 +250,7 @@ def _nvidia(compiled: Any, architecture: str) -> Facts:
         loop_instructions=len(loop),
         loop_tensor_core=sum(map(is_matrix, loop)),
         loop_matrix_flops=sum(matrix_flops(x.name) for x in loop),
+        loop_waits=sum(x.name == "WARPGROUP.DEPBAR.LE" for x in loop),
         resident_warps=resident_warps(architecture, registers, meta.shared, warps, getattr(meta, "tmem_size", None) or 0),
         **_matmuls(compiled.asm["ttir"]),
     )
@@ -305,6 +308,7 @@ def _amd(compiled: Any, architecture: str) -> Facts:
         loop_instructions=len(loop),
         loop_tensor_core=sum(map(is_matrix, loop)),
         loop_matrix_flops=sum(matrix_flops(x.name) for x in loop),
+        loop_waits=0,
         resident_warps=resident_warps(architecture, registers, meta.shared, meta.num_warps),
         **_matmuls(compiled.asm["ttir"]),
     )
