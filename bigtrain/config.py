@@ -10,15 +10,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+from bigtrain.configlaunch import Launch, Restarts
+from bigtrain.configsection import Count, Fraction, Positive, Section
 
 
 class Run(Section):
@@ -293,30 +288,6 @@ class Tracking(Section):
     tensorboard: bool = True
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "bigtrain"
-
-
-class Launch(Section):
-    ranks_per_node: Positive | None = None
-    """Processes on this machine; left out: one per GPU, or `cpu_ranks` without a GPU."""
-    cpu_ranks: Positive = 1
-    """Processes on a machine without a GPU."""
-    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
-    """Port on which the ranks meet; left out: a free one."""
-    timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds without a sign of progress (a collective, a forward pass) after which the run is taken to hang and is ended."""
-    grace: Annotated[float, Field(gt=0)] | None = None
-    """Seconds between a scheduler's first signal and its kill. Where a step takes longer, a stop gives the step up half-way."""
-    lease: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds after which a run whose holder has fallen silent (power loss) may be taken over from another host."""
-
-
-class Restarts(Section):
-    """What happens after a crash or a hang of ranks that bigtrain has started."""
-
-    max: Count = 3
-    """Restarts in all; each goes on from the newest checkpoint. A crash that repeats at the same step is not tried a third time."""
-    backoff: Annotated[float, Field(ge=0)] = 1.0
-    """Seconds before the first restart; twice as long before each further one, a minute at most."""
 
 
 class Config(Section):

@@ -85,7 +85,7 @@ def dump(config: Config, origins: dict[Key, str] | None = None) -> str:
         for name, value in mapping.items():
             key = (*section, name)
             line = "  " * len(section) + f"{name}:"
-            if isinstance(value, dict):
+            if isinstance(value, dict) and value:
                 lines.append(line)
                 write(value, key)
             else:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A folder or a file of bigtrain/, by its name; a name that is missing here fails a test.
 FLOORS = [
     {"__init__", "errors"},
-    {"config", "configschema", "configfile", "jsonfile", "plainyaml", "runfolder", "secrets"},
+    {"config", "configsection", "configlaunch", "configschema", "configfile", "jsonfile", "plainyaml", "runfolder", "secrets"},
     {"hardware", "opbuild", "ranks", "logs", "lease", "watchdog", "world", "schedule", "metrics", "deepspeed_config", "data"},
     {"model", "optim"},
     {"tasks"},
@@ -31,12 +31,23 @@ MAY_IMPORT = {
     "bigtrain_launch": {"bigtrain.cli", "bigtrain_launch"},
     "triton": {"bigtrain_kernels"},
 }
-LAUNCH_MAY_USE = {"pydantic", "yaml", "rich", "bigtrain.errors", "bigtrain.config", "bigtrain.runfolder", "bigtrain_launch"}
+LAUNCH_MAY_USE = {
+    "pydantic",
+    "yaml",
+    "rich",
+    "bigtrain.errors",
+    "bigtrain.config",
+    "bigtrain.configlaunch",
+    "bigtrain.runfolder",
+    "bigtrain_launch",
+}
 KERNELS_MAY_USE = {"torch", "triton", "numpy", "bigtrain_kernels"}  # numpy: Triton's interpreter is made of it
 WITHOUT_TORCH = {
     "__init__",
     "errors",
     "config",
+    "configsection",
+    "configlaunch",
     "configschema",
     "configfile",
     "runfolder",

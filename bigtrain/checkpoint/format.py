@@ -27,7 +27,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from bigtrain.config import Count, Section
+from bigtrain.configsection import Count, Section
 from bigtrain.errors import RunError, UserError
 
 VERSION = 1

@@ -23,8 +23,8 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from bigtrain import jsonfile
-from bigtrain.config import Count, Positive, Section
 from bigtrain.configschema import short
+from bigtrain.configsection import Count, Positive, Section
 from bigtrain.errors import UserError
 
 SPLITS = ("train", "validation")

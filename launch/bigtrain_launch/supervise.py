@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bigtrain.config import Config, Restarts
+from bigtrain.config import Config
+from bigtrain.configlaunch import Restarts
 from bigtrain.errors import DONE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE
 from bigtrain.runfolder import OWNER, RunFolder, read_json
 from bigtrain_launch.local import POLL_SECONDS, End, Signals, killed_by, launch, say

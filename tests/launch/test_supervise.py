@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.config import Config, Restarts
+from bigtrain.config import Config
+from bigtrain.configlaunch import Restarts
 from bigtrain.errors import FAILURE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE
 from bigtrain.runfolder import RunFolder, read_json
 from bigtrain_launch import local
