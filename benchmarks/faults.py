@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,10 +218,11 @@ def goodput(overrides: Sequence[str], minutes: float, every: float, seed: int = 
                 attempt = job.attempt
                 starts.append(time.monotonic() - killed)
             if time.monotonic() >= next_fault and (pids := job.pids(job.attempt)):
-                os.kill(chance.choice(pids), signal.SIGKILL)
-                killed, faults = time.monotonic(), faults + 1
-                next_fault = killed + chance.expovariate(1 / every)
-                tell(f"fault {faults} at {killed - begun:.0f} s of {60 * minutes:.0f} s")
+                with suppress(ProcessLookupError):  # those of an attempt that has just ended: the next one gets this fault
+                    os.kill(chance.choice(pids), signal.SIGKILL)
+                    killed, faults = time.monotonic(), faults + 1
+                    next_fault = killed + chance.expovariate(1 / every)
+                    tell(f"fault {faults} at {killed - begun:.0f} s of {60 * minutes:.0f} s")
             time.sleep(0.05)
         wall = time.monotonic() - begun
         job.process.terminate()
