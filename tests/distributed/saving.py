@@ -10,6 +10,7 @@ from training import close, config, trainer
 
 from bigtrain.checkpoint import format, save
 from bigtrain.errors import LostRun, RunError, StopRequested
+from bigtrain.train import Report
 
 
 def settings(data: str, folder: Path, name: str, **changes):
@@ -40,10 +41,10 @@ def stop_in_a_step(world, folder: Path, data: str) -> dict:
     except StopRequested as stop:
         said = str(stop)
     close(first)
-    saved = [format.step_of(c) for c in format.checkpoints(first.run.checkpoints)]
+    saved = [format.step_of(c) for c in format.checkpoints(first.saving.folder)]
 
     second = trainer(settings(data, folder, "stopped", checkpoint={"keep": 2}), world)
-    second.resume(format.checkpoints(second.run.checkpoints)[-1])
+    second.progress = second.saving.resume(format.checkpoints(second.saving.folder)[-1])
     verify, read = format.verify, []
     format.verify = lambda path, *rest: read.append(path.name)
     second.train()
@@ -65,17 +66,17 @@ def failing(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
     for asynchronous, on_error in cases:
         name = f"failing-{asynchronous}-{on_error}"
         rules = {"asynchronous": asynchronous, "on_error": on_error}
-        t = trainer(settings(data, folder, name, checkpoint=rules), world)
-        rows, warnings = [], []
+        report, rows, warnings = Report(), [], []
+        report.warn = warnings.append
+        t = trainer(settings(data, folder, name, checkpoint=rules), world, report)
 
         def seen(row, t=t, rows=rows, asynchronous=asynchronous):
             rows.append(row["step"])
             end = time.monotonic() + 20
-            while row["step"] == 7 and asynchronous and not t.saver.failed and time.monotonic() < end:
+            while row["step"] == 7 and asynchronous and not t.saving.failed and time.monotonic() < end:
                 time.sleep(0.01)  # so that it is found out at the next step, however busy the machine is
 
-        t.report.step = seen
-        t.report.warn = warnings.append
+        report.step = seen
         save._write_tensors = broken
         try:
             t.train()
@@ -83,7 +84,7 @@ def failing(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
         except RunError as error:
             raised = str(error)
         save._write_tensors = real
-        saved = [format.step_of(c) for c in format.checkpoints(t.run.checkpoints)]
+        saved = [format.step_of(c) for c in format.checkpoints(t.saving.folder)]
         result[name] = {"warnings": warnings, "raised": raised, "saved": saved, "steps": len(rows)}
         close(t)
     return result
@@ -97,13 +98,13 @@ def lost(world, folder: Path, data: str) -> dict:
         if t.progress.step >= 6:
             raise LostRun("attempt 2 has taken the run over")
 
-    t.saver._guard = guard
+    t.saving.saver._guard = guard
     try:
         t.train()
         raised = ""
     except LostRun as error:
         raised = str(error)
-    saved = [format.step_of(c) for c in format.checkpoints(t.run.checkpoints)]
+    saved = [format.step_of(c) for c in format.checkpoints(t.saving.folder)]
     close(t)
     return {"raised": raised, "step": t.progress.step, "saved": saved}
 
@@ -114,4 +115,4 @@ def diverged(world, folder: Path, data: str) -> dict[int, dict[str, float]]:
     t.task.metrics = lambda *sums: {"loss": 800.0, "perplexity": math.inf, "bits_per_byte": math.nan}
     t.train()
     close(t)
-    return {format.step_of(path): format.read_state(path).metrics for path in format.checkpoints(t.run.checkpoints)}
+    return {format.step_of(path): format.read_state(path).metrics for path in format.checkpoints(t.saving.folder)}
