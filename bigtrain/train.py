@@ -149,8 +149,16 @@ class Trainer:
         try:
             return next(batches)
         except UserError as error:
-            self.damage = str(error)
+            self.found_damage(error)
             return [], self.progress.position
+
+    def found_damage(self, error: UserError) -> None:
+        self.damage = self.damage or str(error)
+
+    def refuse(self, damaged: float) -> None:
+        """Raise what any rank has found wrong with its data, on all of them. `damaged`: by how many ranks."""
+        if damaged:
+            raise UserError(next(filter(None, self.world.gather(self.damage))))
 
     def train_step(self, micro_batches: list[dict[str, Any]], started: float) -> Step:
         """One update of the weights from this rank's part of a global batch.
@@ -204,8 +212,7 @@ class Trainer:
         self.log(loss_sum)
         if failed:
             self.saving.finish()
-        if damaged:
-            raise UserError(next(filter(None, self.world.gather(self.damage))))
+        self.refuse(damaged)
         if stops:
             self.stop_now(f"after step {self.progress.step}")
         return max(1.0, tokens_sum)
@@ -289,9 +296,15 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Evaluate on the held-out split and write samples. Returns whether early stopping says that it is enough."""
+
+        def total(sums: list[float]) -> list[float]:  # damage is raised here: until then the other ranks need this one
+            *sums, damaged = self.world.sum([*sums, self.damage is not None])
+            self.refuse(damaged)
+            return sums
+
         with self.engine.evaluating() as model:
-            batches = evaluation_batches(self.held_out, self.task, self.config, self.batch, self.world.rank)
-            metrics = evaluate(model, self.task, self.pulse.each("evaluate", batches), self.world.device, self.world.sum)
+            batches = evaluation_batches(self.held_out, self.task, self.config, self.batch, self.world.rank, self.found_damage)
+            metrics = evaluate(model, self.task, self.pulse.each("evaluate", batches), self.world.device, total)
             samples = []
             for prompt in self.config.generate.prompts:
                 pieces = generate(model, self.tokenizer, prompt, self.config.generate, self.world.device)

@@ -3,6 +3,7 @@
 Most runs here are forks of one warm process (see warm.py); those about launchers start real processes.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from training import config, prepare_data, tensors
 from bigtrain import configfile, opbuild
 from bigtrain.checkpoint import format
 from bigtrain.cli import app
+from bigtrain.data.shards import Manifest
 from bigtrain.runfolder import RunFolder, latest_rows, read_json, read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -288,6 +290,26 @@ def test_damaged_data(folder, warm, token, says):
     assert message.startswith(f"bigtrain: {damaged}/train-00000.tokens: ") and says in message and "prepare the data again" in message
     ended = attempt_of(run_of(folder, f"damaged-{token}"), 1)
     assert ended["exit_code"] == 2 and says in ended["reason"]
+
+
+def test_damaged_held_out_data(folder, warm):
+    """Rank 1 finds it in an evaluation, where at stage 3 the others need it for every batch; the checksums know nothing of it."""
+    damaged = folder / "damaged-held-out"
+    shutil.copytree(folder / "data", damaged)
+    tokens = np.fromfile(damaged / "validation-00000.tokens", "<u2")
+    tokens[70] = 60000  # of sequence 2: the first two are rank 0's
+    tokens.tofile(damaged / "validation-00000.tokens")
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    del manifest["fingerprint"]
+    manifest["splits"]["validation"]["shards"][0]["tokens_sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    (damaged / "manifest.json").write_text(Manifest.model_validate(manifest).text())
+    codes, screen = warm(folder, 2, "run.name=held-out", f"data.folder={damaged}", "zero.stage=3", "evaluate.every=2")
+    said = (
+        f"{damaged}/validation-00000.tokens: token 70 is 60000, beyond the vocabulary of 320: the file is damaged; prepare the data again"
+    )
+    assert codes == [2, 2] and [line for line in screen.splitlines() if line.startswith("bigtrain:")] == [f"bigtrain: {said}"], screen
+    run = run_of(folder, "held-out")
+    assert attempt_of(run, 1)["reason"] == said and len(losses(run)) == 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
