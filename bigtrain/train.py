@@ -219,8 +219,9 @@ class Trainer:
 
     @property
     def hurried(self) -> bool:
-        """A step takes longer than a scheduler waits between asking and killing: look for a signal after every micro-batch."""
-        return self.config.launch.grace is not None and self.step_seconds > self.config.launch.grace
+        """A step takes longer than a scheduler waits between asking and killing, or nobody knows yet how long, in the first one of
+        an attempt, with kernels to compile: look for a signal after every micro-batch."""
+        return self.config.launch.grace is not None and (not self.step_seconds or self.step_seconds > self.config.launch.grace)
 
     def stop_if_asked(self, when: str) -> None:
         """Stop now if any rank was asked to; one all-reduce."""

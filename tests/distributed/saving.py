@@ -19,12 +19,42 @@ def settings(data: str, folder: Path, name: str, **changes):
     return config(Path(data), run={"name": name, "folder": str(folder / "runs")}, zero={"stage": 2}, **merged)
 
 
-def stop_in_a_step(world, folder: Path, data: str) -> dict:
-    """A run that rank 1 is asked to stop in the third of four passes of step 6, and what follows when it goes on."""
+def stops(world, folder: Path, data: str) -> dict[str, dict]:
+    """What was undisturbed is in the run `straight`."""
     straight = trainer(settings(data, folder, "straight"), world)
     straight.train()
     close(straight)
+    return {"in a step": stop_in_a_step(world, folder, data), "in the first step": stop_in_the_first_step(world, folder, data)}
 
+
+def stop_in_the_first_step(world, folder: Path, data: str) -> dict:
+    """A new run that rank 1 is asked to stop in the third of four passes of its first step, then in that of the attempt that goes on."""
+    found = {}
+    for attempt in ("first", "second", "last"):
+        t = trainer(settings(data, folder, "begun", launch={"grace": 3600.0}), world)
+        for checkpoint in format.checkpoints(t.saving.folder)[-1:]:
+            t.progress = t.saving.resume(checkpoint)
+        loss, passes = t.task.loss, []
+
+        def watched(engine, batch, t=t, loss=loss, passes=passes, attempt=attempt):
+            passes.append(t.progress.step + 1)
+            if world.rank == 1 and len(passes) == 3 and attempt != "last":
+                t.stop = 15
+            return loss(engine, batch)
+
+        t.task.loss = watched
+        found[attempt] = {"said": "", "passes": passes}
+        try:
+            t.train()
+        except StopRequested as stop:
+            found[attempt]["said"] = str(stop)
+        found[attempt]["saved"] = [format.step_of(c) for c in format.checkpoints(t.saving.folder)]
+        close(t)
+    return found
+
+
+def stop_in_a_step(world, folder: Path, data: str) -> dict:
+    """A run that rank 1 is asked to stop in the third of four passes of step 6, and what follows when it goes on."""
     first = trainer(settings(data, folder, "stopped", launch={"grace": 1e-9}), world)
     loss, passes = first.task.loss, []
 

@@ -110,12 +110,28 @@ def test_in_the_background_or_waited_for_it_is_the_same(failed, data):
     assert [name for name in ours if ours[name] != theirs[name]] == [name for name in ours if name.endswith("manifest.json")]
 
 
-def test_a_stop_in_the_middle_of_a_step(ranks, data):
-    for found in ranks("saving:stop_in_a_step", 2, data, data=str(data)):
+@pytest.fixture(scope="module")
+def stopped(ranks, data) -> list:
+    return ranks("saving:stops", 2, data, data=str(data))
+
+
+def test_a_stop_in_the_middle_of_a_step(stopped, data):
+    for found in (each["in a step"] for each in stopped):
         assert found["said"].startswith("stopped on request in the middle of step 6, which was given up")
         assert found["passes"] == 3 and found["saved"] == [3, 5]
         assert found["read"] == []  # that of step 5 was verified before the run went on from it
     ours, theirs = (tensors(data / f"runs/{name}/checkpoints/step-00000012") for name in ("stopped", "straight"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_stop_in_the_first_step_of_an_attempt(stopped, data):
+    """How long it takes nobody knows, so it is given up whatever the grace, and the run goes on from its beginning."""
+    for found in (each["in the first step"] for each in stopped):
+        for attempt in ("first", "second"):
+            assert found[attempt]["said"].startswith("stopped on request in the middle of step 1, which was given up")
+            assert found[attempt]["passes"] == [1, 1, 1] and found[attempt]["saved"] == [0]
+        assert found["last"]["said"] == "" and found["last"]["passes"] == [step for step in range(1, 13) for _ in range(4)]
+    ours, theirs = (tensors(data / f"runs/{name}/checkpoints/step-00000012") for name in ("begun", "straight"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
