@@ -67,10 +67,17 @@ class Saving:
         """Write a checkpoint of this moment, if there is none yet, and wait until it is on disk. `metrics` are those of an evaluation
         at this step; `done` says that the run ends here.
 
-        Raises RunError on all ranks when it cannot be written.
+        Raises RunError on all ranks when it cannot be written. That one in the background could not is a warning, whatever
+        checkpoint.on_error says: the run ends with this one.
         """
         self.pulse("save")
-        self.finish()
+        try:
+            self.saver.wait()
+        except LostRun:
+            raise
+        except RunError as error:
+            self.saved = None
+            self.warn(f"{error}. Another one is written now")
         if self.saved != progress.step:
             self.saver.write(progress.step, self.partitions, self.state(progress, metrics, done), self.files())
             self.saved = progress.step

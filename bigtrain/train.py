@@ -210,11 +210,11 @@ class Trainer:
         tokens_sum, loss_sum, seconds, failed, damaged, stops = self.world.sum(mine)
         self.step_seconds = seconds / self.world.size
         self.log(loss_sum)
-        if failed:
-            self.saving.finish()
         self.refuse(damaged)
         if stops:
             self.stop_now(f"after step {self.progress.step}")
+        if failed:
+            self.saving.finish()
         return max(1.0, tokens_sum)
 
     @property

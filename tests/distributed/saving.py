@@ -86,13 +86,6 @@ def stop_in_a_step(world, folder: Path, data: str) -> dict:
 def failing(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
     """For each (asynchronous, on_error): a run in which rank 1 cannot write the checkpoint of step 6."""
     result = {}
-    real = save._write_tensors
-
-    def broken(path, fragments):
-        if path.name.startswith("rank-00001") and "00000006" in path.parent.name:
-            raise OSError(28, "No space left on device")
-        return real(path, fragments)
-
     for asynchronous, on_error in cases:
         name = f"failing-{asynchronous}-{on_error}"
         rules = {"asynchronous": asynchronous, "on_error": on_error}
@@ -102,22 +95,66 @@ def failing(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
 
         def seen(row, t=t, rows=rows, asynchronous=asynchronous):
             rows.append(row["step"])
-            end = time.monotonic() + 20
-            while row["step"] == 7 and asynchronous and not t.saving.failed and time.monotonic() < end:
-                time.sleep(0.01)  # so that it is found out at the next step, however busy the machine is
+            if row["step"] == 7 and asynchronous:
+                wait_for_failure(t)
 
         report.step = seen
-        save._write_tensors = broken
-        try:
-            t.train()
-            raised = ""
-        except RunError as error:
-            raised = str(error)
-        save._write_tensors = real
+        raised = ends_with(t, broken_at=[6])
         saved = [format.step_of(c) for c in format.checkpoints(t.saving.folder)]
         result[name] = {"warnings": warnings, "raised": raised, "saved": saved, "steps": len(rows)}
         close(t)
     return result
+
+
+def failing_before_a_stop(world, folder: Path, data: str) -> dict[str, dict]:
+    """Runs with checkpoint.on_error: stop in which rank 1 cannot write the checkpoint of step 6, and is asked to stop when it has
+    failed; "full" is one that cannot write another either."""
+    result = {}
+    for name, broken_at in (("again", [6]), ("full", [6, 7])):
+        report, warnings = Report(), []
+        report.warn = warnings.append
+        t = trainer(settings(data, folder, f"stop-{name}", checkpoint={"on_error": "stop"}), world, report)
+
+        agree = t.agree
+
+        def held_back(tokens, t=t, agree=agree):  # the failure and the signal are seen in the same step
+            if t.progress.step == 7:
+                wait_for_failure(t)
+                t.stop = 15 if world.rank == 1 else None
+            return agree(tokens)
+
+        t.agree = held_back
+        raised = ends_with(t, broken_at)
+        saved = [format.step_of(c) for c in format.checkpoints(t.saving.folder)]
+        result[name] = {"warnings": warnings, "raised": raised, "saved": saved}
+        close(t)
+    return result
+
+
+def wait_for_failure(t) -> None:
+    """So that it is found out at the next step, however busy the machine is."""
+    end = time.monotonic() + 20
+    while not t.saving.failed and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def ends_with(t, broken_at: list[int]) -> str:
+    """Train where rank 1 cannot write the checkpoints of some steps: the message of what ended it, nothing where it came to its end."""
+    real = save._write_tensors
+
+    def broken(path, fragments):
+        if path.name.startswith("rank-00001") and any(f"{step:08d}" in path.parent.name for step in broken_at):
+            raise OSError(28, "No space left on device")
+        return real(path, fragments)
+
+    save._write_tensors = broken
+    try:
+        t.train()
+        return ""
+    except (RunError, StopRequested) as error:
+        return str(error)
+    finally:
+        save._write_tensors = real
 
 
 def lost(world, folder: Path, data: str) -> dict:

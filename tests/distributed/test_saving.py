@@ -101,6 +101,17 @@ def test_one_that_cannot_be_written(failed, asynchronous, on_error):
         assert 6 <= found["steps"] <= 8  # in the background it surfaces at the next step that begins
 
 
+def test_one_that_fails_before_a_stop_is_tried_once_more(ranks, data):
+    """checkpoint.on_error: stop would have it end the run, which ends anyway: better with a checkpoint than without."""
+    for found in ranks("saving:failing_before_a_stop", 2, data, data=str(data)):
+        for case in found.values():
+            [warning] = case["warnings"]
+            assert "step-00000006: not written, rank 1 says: " in warning and warning.endswith(". Another one is written now")
+        again, full = found["again"], found["full"]
+        assert again["raised"].startswith("stopped on request after step 7;") and again["saved"] == [3, 7]
+        assert "step-00000007: not written, rank 1 says: [Errno 28]" in full["raised"] and full["saved"] == [3]
+
+
 def test_in_the_background_or_waited_for_it_is_the_same(failed, data):
     ours, theirs = (
         {name: content for name, content in contents(data / f"runs/failing-{kind}-continue/checkpoints").items() if "config" not in name}
