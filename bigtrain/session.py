@@ -203,7 +203,7 @@ def _train(
             attempt.facts["peak_memory_gib"] = memory
     finally:
         if trackers:
-            trackers.close()
+            trackers.close(pulse.alive)
     world.leave()
 
 
