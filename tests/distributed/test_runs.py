@@ -24,7 +24,7 @@ import torch
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
-from training import config, prepare_data, tensors
+from training import tensors, write_config
 
 from bigtrain import configfile, opbuild
 from bigtrain.checkpoint import format
@@ -46,10 +46,8 @@ ENVIRONMENT = {
 def folder(tmp_path_factory) -> Path:
     """Prepared data and c.yaml, a run of 30 steps on two ranks with a checkpoint every 10 and an evaluation every 15."""
     folder = tmp_path_factory.mktemp("runs")
-    prepare_data(folder)
-    settings = config(
+    write_config(
         folder,
-        data={"validation_fraction": 0.2},
         train={"steps": STEPS, "ema_decay": 0.5},
         schedule={"warmup_steps": 2},
         checkpoint={"every": 10},
@@ -57,7 +55,6 @@ def folder(tmp_path_factory) -> Path:
         generate={"prompts": ["document"], "tokens": 4},
         launch={"ranks_per_node": 2},
     )
-    (folder / "c.yaml").write_text(configfile.dump(settings))
     return folder
 
 
