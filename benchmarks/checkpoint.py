@@ -128,7 +128,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     world = World.join(look().kind, 600)
     config = with_data(settings(options))
     trainer = Trainer(config, batch_arithmetic(config.train, world.size), options.dtype, 1.0, world, RunFolder(folder), Report())
-    saver, batches = trainer.saver, trainer.loader.steps(0)
+    saving, batches = trainer.saving, trainer.loader.steps(0)
+    saver = saving.saver
     group = dist.new_group(backend="gloo")
     copying = 0.0
     real_copy = saver._copy
@@ -158,10 +159,10 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     def begin(way: str, path: Path) -> Callable[[], Any]:
         """Save in one of the ways; what is returned waits until it is on disk."""
         if way == "background":
-            saver.start(trainer.progress.step, trainer.partitions, trainer._state(False), trainer._files())
+            saver.start(trainer.progress.step, trainer.partitions, saving.state(trainer.progress, {}, False), saving.files())
             return saver.wait
         if way == "waited":
-            saver.write(trainer.progress.step, trainer.partitions, trainer._state(False), trainer._files())
+            saver.write(trainer.progress.step, trainer.partitions, saving.state(trainer.progress, {}, False), saving.files())
             return lambda: None
         if way == "deepspeed":
             trainer.engine.deepspeed.save_checkpoint(str(path), tag="saved")
@@ -200,9 +201,9 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
             rows[way].append(row)
     twice = []
     for name in ("one", "two"):  # the same moment, in the background and waited for
-        at, files = folder / name, trainer._files()
-        content = save.Content(1, trainer.shapes, save.fragments(trainer.partitions, world, real_copy if name == "one" else lambda t, _: t),
-                               trainer._state(False), files)  # fmt: skip
+        at, files = folder / name, saving.files()
+        content = save.Content(1, saving.shapes, save.fragments(trainer.partitions, world, real_copy if name == "one" else lambda t, _: t),
+                               saving.state(trainer.progress, {}, False), files)  # fmt: skip
         path = save.save(at, content, world)
         twice.append(json.loads((path / format.MANIFEST).read_text())["files"])
         world.barrier()

@@ -231,12 +231,14 @@ def checkpoint_list(run: RunPath) -> None:
     from bigtrain.errors import RunError
 
     for path in _checkpoints(run):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        size = 0
         try:
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             metrics = "  ".join(f"{name} {value:.4g}" for name, value in format.read_state(path).metrics.items())
-        except RunError as error:
+        except (OSError, RunError) as error:
             metrics = f"damaged: {error}"
-        print(f"step {format.step_of(path):>8}  {size / 2**20:10,.1f} MiB  {path}  {metrics}".rstrip())
+        if path.exists():  # else the run has removed it meanwhile
+            print(f"step {format.step_of(path):>8}  {size / 2**20:10,.1f} MiB  {path}  {metrics}".rstrip())
 
 
 @checkpoint_app.command("verify")
@@ -253,7 +255,8 @@ def checkpoint_verify(run: RunPath) -> None:
             format.read_state(path)
             print(f"ok  {path}")
         except RunError as error:
-            damaged.append(str(error))
+            if path.exists():  # else the run has removed it meanwhile
+                damaged.append(str(error))
     if damaged:
         raise RunError("\nbigtrain: ".join(damaged))
 

@@ -374,6 +374,18 @@ def problems(config: Config) -> list[tuple[str, str]]:
         )
     if train.early_stopping and config.evaluate.every is None:
         problem("train.early_stopping", "needs evaluate.every: it looks at the validation loss")
+    if best := config.checkpoint.keep_best:
+        saved, evaluated = config.checkpoint.every, config.evaluate.every
+        if best == "bits_per_byte" and train.task == "masked":
+            problem("checkpoint.keep_best", "task masked predicts a part of the text only and gives no bits_per_byte; set validation_loss")
+        if saved is None or evaluated is None:
+            problem("checkpoint.keep_best", "needs checkpoint.every and evaluate.every: it chooses among saved steps that were evaluated")
+        elif max(saved, evaluated) < train.steps <= math.lcm(saved, evaluated):
+            problem(
+                "checkpoint.keep_best",
+                f"no step before the last is both saved (checkpoint.every {saved}) and evaluated (evaluate.every {evaluated});"
+                " make one a multiple of the other",
+            )
     return found
 
 

@@ -88,7 +88,8 @@ class Launch(Section):
     timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds without a sign of progress (a collective, a forward pass) after which the run is taken to hang and is ended."""
     grace: Annotated[float, Field(gt=0)] | None = None
-    """Seconds between a scheduler's first signal and its kill. Where a step takes longer, a stop gives the step up half-way."""
+    """Seconds between a scheduler's first signal and its kill. Where a step takes longer, and in the
+    first one of a start, a stop gives the step up half-way."""
     lease: Annotated[float, Field(gt=0)] = 60.0
     """Seconds after which a run whose holder has fallen silent (power loss) may be taken over from another host."""
     hostfile: str | None = None

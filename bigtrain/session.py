@@ -194,16 +194,16 @@ def _train(
             attempt.environment(facts)
             screen.header(_header(facts, config, batch, attempt, checkpoint))
         if checkpoint:
-            trainer.resume(checkpoint)
+            trainer.progress = trainer.saving.resume(checkpoint)
         elif config.init.checkpoint:
-            trainer.start_from(Path(config.init.checkpoint), config.init.weights)
+            trainer.saving.start_from(Path(config.init.checkpoint), config.init.weights)
         trainer.train()
         memory = max(world.gather(peak_memory_gib(world.device)))
         if trackers:
             attempt.facts["peak_memory_gib"] = memory
     finally:
         if trackers:
-            trackers.close()
+            trackers.close(pulse.alive)
     world.leave()
 
 

@@ -46,10 +46,11 @@ class Start:
 def with_data(config: Config) -> Config:
     """`config` with the vocabulary size that its prepared data implies, checked against the data.
 
-    Raises UserError when the data is not there, is too short, or holds tokens that the model has no row for, and for
-    prompts that the model could not continue.
+    Raises UserError when the data is not there, is too short, has another tokenizer than it was prepared with, or holds tokens that
+    the model has no row for, and for prompts that the model could not continue.
     """
     stores = [TokenStore(config.data.folder, split) for split in ("train", "validation")]
+    stores[0].manifest.check_tokenizer(config.data.folder)
     if config.model.vocab_size is None:
         rows = -(-stores[0].manifest.tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": rows})})

@@ -32,6 +32,8 @@ INIT_SECONDS = 20
 """How long Weights & Biases may take to answer before it is given up."""
 CLOSE_SECONDS = 20
 """How long a tracker may take to finish its queue when the run ends."""
+SIGN_SECONDS = 0.1
+"""Between signs of life meanwhile."""
 
 Row = dict[str, Any]
 
@@ -68,17 +70,18 @@ class Trackers:
             self._samples.write(rows)
             self._pass_on("log_samples", rows)
 
-    def close(self) -> None:
-        """Finish every tracker, waiting about CLOSE_SECONDS at most for all of them. Call it however the run ends."""
+    def close(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Finish every tracker, waiting about CLOSE_SECONDS at most for all of them; `alive` is called meanwhile. Call it however the
+        run ends."""
         deadline = time.monotonic() + CLOSE_SECONDS
         for other in self._others:
             other.finish()
         for other in self._others:
-            other.join(deadline - time.monotonic())
+            other.join(deadline, alive)
         self._report_problems()
         self._others = []
         if self._wandb:
-            _release_wandb(max(1.0, deadline - time.monotonic()))
+            _release_wandb(max(time.monotonic() + 1.0, deadline), alive)
         self._metrics.close()
         self._samples.close()
 
@@ -164,9 +167,9 @@ class _Background:
         with contextlib.suppress(queue.Full):  # join reports it
             self._queue.put_nowait(None)
 
-    def join(self, seconds: float) -> None:
+    def join(self, deadline: float, alive: Callable[[], None]) -> None:
         if self._thread.ident:
-            self._thread.join(max(0.0, seconds))
+            _join(self._thread, deadline, alive)
             if self._thread.is_alive():
                 self.problem = f"{self._name} did not finish within {CLOSE_SECONDS} seconds; metrics.jsonl has every row"
 
@@ -266,7 +269,14 @@ class _Wandb:
         self._run.finish()
 
 
-def _release_wandb(seconds: float) -> None:
+def _join(thread: threading.Thread, deadline: float, alive: Callable[[], None]) -> None:
+    """Wait for a thread until `deadline`, with a sign of life again and again: the wait may outlast a time-out of the run."""
+    while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+        alive()
+        thread.join(min(left, SIGN_SECONDS))
+
+
+def _release_wandb(deadline: float, alive: Callable[[], None]) -> None:
     """Take back wandb's exit hook, which waits for its service process without a limit: with an unreachable server
     that process now and then never ends, and the rank would hang on its way out."""
 
@@ -277,4 +287,4 @@ def _release_wandb(seconds: float) -> None:
     if "wandb" in sys.modules:
         thread = threading.Thread(target=release, name="tracker-wandb-release", daemon=True)
         thread.start()
-        thread.join(seconds)
+        _join(thread, deadline, alive)

@@ -12,30 +12,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigtrain import __version__, configfile
-from bigtrain.checkpoint import format
-from bigtrain.checkpoint.background import Saver
-from bigtrain.checkpoint.load import Reader, check, check_shapes, find, load_all, load_weights
-from bigtrain.checkpoint.state import link, loss_scaler, partitions, publish
+from bigtrain.checkpoint.state import partitions
 from bigtrain.config import Batch, Config
 from bigtrain.data.loader import Loader, evaluation_batches
-from bigtrain.data.shards import TokenStore
+from bigtrain.data.shards import TOKENIZER, TokenStore
 from bigtrain.data.tokenizer import load as load_tokenizer
 from bigtrain.engine import Engine
-from bigtrain.errors import BigtrainError, LostRun, RunError, StopRequested, UserError
+from bigtrain.errors import BigtrainError, RunError, StopRequested, UserError
 from bigtrain.evaluate import evaluate, to_device
 from bigtrain.generate import generate
 from bigtrain.metrics import Deferred, peak_memory_gib
 from bigtrain.model.initialise import initial_value
-from bigtrain.model.transformer import Transformer, parameter_shapes
+from bigtrain.model.transformer import Transformer
 from bigtrain.progress import Progress
 from bigtrain.runfolder import RunFolder
+from bigtrain.saving import Saving
 from bigtrain.schedule import learning_rate_share
 from bigtrain.tasks import make_task
 from bigtrain.watchdog import Pulse
@@ -85,20 +81,19 @@ class Trainer:
         guard: Callable[[], None] = lambda: None,
     ):
         self.peak, self.pulse = peak, pulse or Pulse()
-        self.config, self.batch, self.precision, self.world, self.run, self.report = config, batch, precision, world, run, report
+        self.config, self.batch, self.precision, self.world, self.report = config, batch, precision, world, report
         store = TokenStore(config.data.folder, "train")
-        self.data = store.manifest.fingerprint
+        data = store.manifest.fingerprint
         self.held_out = TokenStore(config.data.folder, "validation")
-        self.tokenizer_folder = Path(config.data.folder) / "tokenizer"
-        self.tokenizer = load_tokenizer(self.tokenizer_folder)
+        self.tokenizer = load_tokenizer(Path(config.data.folder) / TOKENIZER)
         self.task = make_task(config, store.manifest.tokenizer)
         self.loader = Loader(store, self.task, config, batch, world.rank, config.train.seed)
         self.engine = self._engine()
         self.partitions = partitions(self.engine.deepspeed)
-        self.shapes = {n: list(s) for n, s in parameter_shapes(config.model, config.model.vocab_size).items()}
         self.progress = Progress()
-        self.saver = Saver(run.checkpoints, self.shapes, config.checkpoint, world.another(), guard, self.pulse.alive)
-        self.saved: int | None = None  # step of the newest checkpoint that this attempt wrote, writes or resumed from
+        self.saving = Saving(
+            config, batch, world, run.checkpoints, self.engine, self.partitions, data, warn=report.warn, pulse=self.pulse, guard=guard
+        )
         self.evaluated: dict[str, float] = {}  # what the newest evaluation found, if it was at this step
         self.flops_per_token = self.engine.module.flops_per_token(config.data.sequence_length)
         self.unlogged: Step | None = None
@@ -140,13 +135,13 @@ class Trainer:
                         last |= self.evaluate()
                     if last:
                         self.finish_step()
-                        return self.save(done=True)
+                        return self.saving.save(progress, self.evaluated, done=True)
                     if _due(progress.step, config.checkpoint.every) and not progress.skipped:  # the last good one stays the newest
                         self.finish_step()
-                        self.save_on_the_way()
+                        self.saving.begin(progress, self.evaluated)
         except BigtrainError:  # all ranks have agreed on it, so a checkpoint that is being written can be finished
             with suppress(RunError):  # what ended the run is what is told
-                self.finish_saving()
+                self.saving.finish()
             raise
 
     def take(self, batches: Iterator[tuple[list[dict[str, Any]], int]]) -> tuple[list[dict[str, Any]], int]:
@@ -154,8 +149,16 @@ class Trainer:
         try:
             return next(batches)
         except UserError as error:
-            self.damage = str(error)
+            self.found_damage(error)
             return [], self.progress.position
+
+    def found_damage(self, error: UserError) -> None:
+        self.damage = self.damage or str(error)
+
+    def refuse(self, damaged: float) -> None:
+        """Raise what any rank has found wrong with its data, on all of them. `damaged`: by how many ranks."""
+        if damaged:
+            raise UserError(next(filter(None, self.world.gather(self.damage))))
 
     def train_step(self, micro_batches: list[dict[str, Any]], started: float) -> Step:
         """One update of the weights from this rank's part of a global batch.
@@ -200,25 +203,25 @@ class Trainer:
             tokens,
             before.loss_sum.value() if before else 0.0,
             before.seconds if before else 0.0,
-            self.saver.failed,
+            self.saving.failed,
             self.damage is not None,
             self.stop is not None,
         ]
         tokens_sum, loss_sum, seconds, failed, damaged, stops = self.world.sum(mine)
         self.step_seconds = seconds / self.world.size
         self.log(loss_sum)
-        if failed:
-            self.finish_saving()
-        if damaged:
-            raise UserError(next(filter(None, self.world.gather(self.damage))))
+        self.refuse(damaged)
         if stops:
             self.stop_now(f"after step {self.progress.step}")
+        if failed:
+            self.saving.finish()
         return max(1.0, tokens_sum)
 
     @property
     def hurried(self) -> bool:
-        """A step takes longer than a scheduler waits between asking and killing: look for a signal after every micro-batch."""
-        return self.config.launch.grace is not None and self.step_seconds > self.config.launch.grace
+        """A step takes longer than a scheduler waits between asking and killing, or nobody knows yet how long, in the first one of
+        an attempt, with kernels to compile: look for a signal after every micro-batch."""
+        return self.config.launch.grace is not None and (not self.step_seconds or self.step_seconds > self.config.launch.grace)
 
     def stop_if_asked(self, when: str) -> None:
         """Stop now if any rank was asked to; one all-reduce."""
@@ -226,7 +229,7 @@ class Trainer:
             self.stop_now(when)
 
     def stop_now(self, when: str) -> None:
-        self.save()
+        self.saving.save(self.progress, self.evaluated)
         raise StopRequested(f"stopped on request {when}; the same command goes on from there")
 
     def finish_step(self) -> None:
@@ -240,7 +243,7 @@ class Trainer:
             return
         loss = loss_sum / step.tokens
         if not math.isfinite(loss) and not step.skipped and self.precision != "fp16":
-            raise RunError(f"step {step.number}: the loss is {loss}; {self._safe()}")
+            raise RunError(f"step {step.number}: the loss is {loss}; {self.saving.safe}")
         tokens = self.batch.global_batch * self.config.data.sequence_length
         row = {
             "step": step.number,
@@ -288,19 +291,21 @@ class Trainer:
         step, limit = self.progress.step + 1, self.config.train.skip_limit
         row = f"The step was not applied: {self.progress.skipped} in a row, train.skip_limit is {limit}"
         if self.progress.skipped > limit:
-            raise RunError(f"step {step}: {what}. {row}; {self._safe()}")
+            raise RunError(f"step {step}: {what}. {row}; {self.saving.safe}")
         self.report.warn(f"step {step}: {what}. {row}")
         return found or [f"sequences {first} to {last}"]
 
-    def _safe(self) -> str:
-        saved = format.checkpoints(self.run.checkpoints)
-        return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-
     def evaluate(self) -> bool:
         """Evaluate on the held-out split and write samples. Returns whether early stopping says that it is enough."""
+
+        def total(sums: list[float]) -> list[float]:  # damage is raised here: until then the other ranks need this one
+            *sums, damaged = self.world.sum([*sums, self.damage is not None])
+            self.refuse(damaged)
+            return sums
+
         with self.engine.evaluating() as model:
-            batches = evaluation_batches(self.held_out, self.task, self.config, self.batch, self.world.rank)
-            metrics = evaluate(model, self.task, self.pulse.each("evaluate", batches), self.world.device, self.world.sum)
+            batches = evaluation_batches(self.held_out, self.task, self.config, self.batch, self.world.rank, self.found_damage)
+            metrics = evaluate(model, self.task, self.pulse.each("evaluate", batches), self.world.device, total)
             samples = []
             for prompt in self.config.generate.prompts:
                 pieces = generate(model, self.tokenizer, prompt, self.config.generate, self.world.device)
@@ -319,98 +324,6 @@ class Trainer:
             f"stopping early at step {progress.step}: no better than {progress.best_loss:.4f} in {stopping.patience} evaluations"
         )
         return True
-
-    def save(self, done: bool = False) -> None:
-        """Write a checkpoint of this moment, if there is none yet, and wait until it is on disk. `done` says that the run ends here.
-
-        Raises RunError on all ranks when it cannot be written.
-        """
-        self.pulse("save")
-        self.finish_saving()
-        if self.saved != self.progress.step:
-            self.saver.write(self.progress.step, self.partitions, self._state(done), self._files())
-            self.saved = self.progress.step
-
-    def save_on_the_way(self) -> None:
-        """Begin, or with checkpoint.asynchronous: false make, a checkpoint of this moment. One that cannot be written is a warning,
-        unless checkpoint.on_error says stop."""
-        self.pulse("save")
-        self.finish_saving()
-        write = self.saver.start if self.config.checkpoint.asynchronous else self.saver.write
-        try:
-            write(self.progress.step, self.partitions, self._state(False), self._files())
-            self.saved = self.progress.step
-        except RunError as error:
-            self._not_saved(error)
-
-    def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written in the background."""
-        try:
-            self.saver.wait()
-        except RunError as error:
-            self._not_saved(error)
-
-    def _not_saved(self, error: RunError) -> None:
-        self.saved = None  # so that a stop writes one
-        if self.config.checkpoint.on_error == "stop" or isinstance(error, LostRun):
-            raise error
-        self.report.warn(f"{error}. Training goes on")
-
-    def _state(self, done: bool) -> dict[str, Any]:
-        scalars: dict[str, float] = {}
-        for partition in self.partitions:
-            if partition.pieces:
-                scalars.update(partition.scalars())
-        state = {
-            **self.progress.to_json(),
-            "global_batch": self.batch.global_batch,
-            "optimizer": scalars,
-            "loss_scaler": {key: value for _, key, value in loss_scaler(self.engine.deepspeed)},
-            "metrics": {name: value for name, value in self.evaluated.items() if math.isfinite(value)},
-            "data": self.data,
-            "done": done,
-            "versions": {name: metadata.version(name) for name in ("torch", "deepspeed")} | {"bigtrain": __version__},
-        }
-        return format.State.model_validate(state).model_dump()
-
-    def _files(self) -> dict[str, str | Path]:
-        return {"config.yaml": configfile.dump(self.config), "tokenizer": self.tokenizer_folder}
-
-    def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint of this run that has been verified. Raises UserError when model, data or batch are not what it
-        was made with."""
-        self.pulse("resume")
-        reader = Reader(checkpoint, self.pulse.alive)
-        check_shapes(checkpoint, reader.index, self.shapes)
-        state = format.read_state(checkpoint)
-        if state.data != self.data:
-            raise UserError(
-                f"{self.config.data.folder}: not the data that {checkpoint} was trained on; bring that back, or start a run with --new"
-            )
-        if state.global_batch != self.batch.global_batch:
-            raise UserError(
-                f"train.global_batch: the run has {state.global_batch} sequences a step, this start would have {self.batch.global_batch} "
-                f"({self.batch.micro_batch} x {self.batch.accumulation} on {self.batch.ranks} ranks); set train.global_batch="
-                f"{state.global_batch} and leave out train.accumulation, or start a run with --new"
-            )
-        load_all(reader, self.partitions, state.optimizer)
-        link(self.engine.deepspeed)
-        publish(self.engine.deepspeed)
-        for holder, key, _ in loss_scaler(self.engine.deepspeed):
-            setattr(holder, key, type(getattr(holder, key))(state.loss_scaler[key]))
-        self.progress = Progress.of(state)
-        self.saved = self.progress.step
-        self.saver.trust(checkpoint)
-
-    def start_from(self, path: Path, kind: str) -> None:
-        """Take the weights of another run's checkpoint, with a fresh optimizer (fine-tuning)."""
-        checkpoint = find(path)
-        if problem := check(checkpoint, self.world):
-            raise UserError(f"init.checkpoint: {problem}")
-        reader = Reader(checkpoint, self.pulse.alive)
-        check_shapes(reader.path, reader.index, self.shapes)
-        load_weights(reader, self.partitions, kind)
-        publish(self.engine.deepspeed)
 
 
 class Report:

@@ -170,6 +170,29 @@ def test_rules_over_sections_are_looked_at_beside_wrong_keys(folder):
     assert [line.split(": ")[1] for line in lines] == ["optimizer.nam", "data.sequence_length", "zero.offload_optimizer"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["checkpoint.every=10"], "needs checkpoint.every and evaluate.every"),
+        (["evaluate.every=10"], "needs checkpoint.every and evaluate.every"),
+        (
+            ["checkpoint.every=10", "evaluate.every=11"],
+            r"no step before the last is both saved \(.* 10\) and evaluated \(.* 11\); make one",
+        ),
+    ],
+)
+def test_the_best_of_no_checkpoints_cannot_be_kept(folder, overrides, says):
+    (line,) = refused(folder, SMALL, ["train.steps=110", "checkpoint.keep_best=perplexity", *overrides])
+    assert re.match(f"command line: checkpoint.keep_best: {says}", line), line
+
+
+@pytest.mark.parametrize(("saved", "evaluated", "steps"), [(10, 11, 111), (5, 10, 11), (10, 11, 11)])
+def test_the_best_of_some(folder, saved, evaluated, steps):
+    """Or of a run that was cut short to try its config."""
+    folder(c=SMALL)
+    load("c.yaml", ["checkpoint.keep_best=perplexity", f"checkpoint.every={saved}", f"evaluate.every={evaluated}", f"train.steps={steps}"])
+
+
 def test_a_rule_about_a_wrong_key_waits_for_its_value(folder):
     assert len(refused(folder, SMALL, ["data.sequence_length=1024", "model.max_positions=long"])) == 1
     assert len(refused(folder, SMALL, ["train.early_stopping.patience=2", "evaluate.evry=2"])) == 1

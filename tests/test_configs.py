@@ -133,11 +133,11 @@ def train(config: Config, world) -> dict:
     report.rows = []
     t = trainer(with_data(config), world, report)
     if config.init.checkpoint:
-        t.start_from(Path(config.init.checkpoint), config.init.weights)
+        t.saving.start_from(Path(config.init.checkpoint), config.init.weights)
     result = {"stage": t.engine.deepspeed.zero_optimization_stage(), "starts_as": weights(t)}
     t.train()
     result |= {"steps": [row["step"] for row in report.rows], "losses": [row["loss"] for row in report.rows]}
-    result |= {"validation_loss": report.validation_loss, "checkpoint": find(t.run.path).name, "ends_as": weights(t)}
+    result |= {"validation_loss": report.validation_loss, "checkpoint": find(t.saving.folder).name, "ends_as": weights(t)}
     close(t)
     return result
 

@@ -19,7 +19,7 @@ FLOORS = [
     {"tasks"},
     {"engine"},
     {"checkpoint"},
-    {"progress", "start", "evaluate", "generate", "trackers", "screen", "report_data", "report"},
+    {"progress", "saving", "start", "evaluate", "generate", "trackers", "screen", "report_data", "report"},
     {"train"},
     {"session"},
     {"cli"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,8 +99,18 @@ def test_data_that_does_not_fit(config, changes, message):
     assert "\n" not in str(caught.value)
 
 
+def test_another_tokenizer_than_the_datas_is_refused(config, data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data["folder"], copy)
+    path = copy / "tokenizer/tokenizer_config.json"
+    path.write_text(path.read_text().replace("}", ', "eos_token": "x"}'))
+    with pytest.raises(UserError, match=f"^{path}: has changed since the data was prepared; copy it again or prepare the data again$"):
+        with_data(config(data={"folder": str(copy)}))
+
+
 def test_a_prompt_that_leaves_one_position_is_fine(config):
-    with_data(config(generate={"prompts": ["x" * 30, ""]}))
+    settings = config(generate={"prompts": ["x" * 30, ""]})
+    assert with_data(settings).generate == settings.generate
 
 
 # ---- The run's folder ----

@@ -199,6 +199,36 @@ def test_a_tracker_that_hangs_costs_neither_steps_nor_the_end(run, monkeypatch):
     forever.set()
 
 
+def test_an_end_that_waits_gives_signs_of_life(run, monkeypatch):
+    """Or the watchdog would take it for a hang where launch.timeout is short; it gives them while it may wait, and no longer."""
+    gate, signs = threading.Event(), []
+
+    class Slow(Recorder):
+        def close(self):
+            gate.wait(60)
+
+    def alive():
+        signs.append(None)
+        if len(signs) == 5:
+            gate.set()
+
+    monkeypatch.setattr(trackers, "_TensorBoard", lambda *a: Slow([]))
+    log = Trackers(Tracking(), run, 1, {}, Warnings())
+    log.log({"step": 1, "loss": 1.0})
+    log.close(alive)
+    assert len(signs) >= 5
+
+    gate.clear()
+    signs.clear()
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.5)
+    warnings = Warnings()
+    log = Trackers(Tracking(), run, 1, {}, warnings)
+    log.log({"step": 1, "loss": 1.0})
+    log.close(lambda: signs.append(None))
+    assert 1 <= len(signs) <= 6 and "did not finish" in warnings[0]
+    gate.set()
+
+
 WANDB = """
 import os, sys, time
 from bigtrain.config import Tracking

@@ -208,7 +208,11 @@ def verify(checkpoint: Path, share: tuple[int, int] | None = (0, 1), sign: Calla
     for name in listed:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise RunError(f"{path}: names the file {name!r}, which is outside the checkpoint; do not use it")
-    for file in _files(checkpoint):
+    try:
+        there = _files(checkpoint)
+    except OSError as error:
+        raise RunError(f"{checkpoint}: cannot be read ({error.strerror})") from None
+    for file in there:
         if file.relative_to(checkpoint).as_posix() not in listed:
             raise RunError(f"{file}: not in the manifest; it was put there, or the manifest changed, after the checkpoint was written")
     for number, (name, (size, expected)) in enumerate(sorted(listed.items())):

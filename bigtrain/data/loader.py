@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -72,16 +72,29 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
 
-def evaluation_batches(store: TokenStore, task, config: Config, batch: Batch, rank: int) -> Iterator[dict[str, Any]]:
+def evaluation_batches(
+    store: TokenStore, task, config: Config, batch: Batch, rank: int, damaged: Callable[[UserError], None] | None = None
+) -> Iterator[dict[str, Any]]:
     """The first `evaluate.sequences` sequences of `store` (null: all), in their fixed order, this rank's share of them.
 
-    Every rank gets the same number of batches of `micro_batch` rows; places left over hold sequences of weight zero.
+    Every rank gets the same number of batches of `micro_batch` rows; places left over hold sequences of weight zero. So does the
+    place of a damaged one, of which `damaged` is told; left out, it is raised.
     """
     reader = _Reader(store, config)
+
+    def sample(i: int) -> Sample:
+        try:
+            return reader.sample(i)
+        except UserError as error:
+            if damaged is None:
+                raise
+            damaged(error)
+            return reader.padding
+
     total = min(config.evaluate.sequences or reader.sequences, reader.sequences)
     for a in range(-(-total // (batch.micro_batch * batch.ranks))):
         places = _places(a, batch.micro_batch, batch.ranks, rank)
-        yield _batch(task, [reader.sample(i) if i < total else reader.padding for i in places.tolist()], places)
+        yield _batch(task, [sample(i) if i < total else reader.padding for i in places.tolist()], places)
 
 
 def _places(a: int, micro_batch: int, ranks: int, rank: int) -> np.ndarray:

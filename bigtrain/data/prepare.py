@@ -106,7 +106,13 @@ def _write(data: Data, folder: Path, progress: Progress) -> None:
     info = TokenizerInfo(
         fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, mask_id=tokenizer.mask_id
     )
-    manifest = Manifest(data=data.model_dump(include=set(PREPARATION)), duplicates=len(hashes) - len(order), tokenizer=info, splits=splits)
+    manifest = Manifest(
+        data=data.model_dump(include=set(PREPARATION)),
+        duplicates=len(hashes) - len(order),
+        tokenizer=info,
+        tokenizer_sha256={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / TOKENIZER).iterdir())},
+        splits=splits,
+    )
     (folder / MANIFEST).write_text(manifest.text(), encoding="utf-8")
 
 

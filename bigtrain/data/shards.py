@@ -32,6 +32,9 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
 
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
 class TokenizerInfo(Section):
     """What a task needs to know of the tokenizer without loading it."""
 
@@ -48,7 +51,7 @@ class TokenizerInfo(Section):
 
 
 class Shard(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: FileName
     """File name without the suffix (.tokens, .bytes)."""
     tokens: Positive
     tokens_sha256: str
@@ -88,11 +91,13 @@ class Manifest(Section):
     duplicates: Count
     """Documents left out because their text had come before."""
     tokenizer: TokenizerInfo
+    tokenizer_sha256: dict[FileName, str] | None = None
+    """Of the tokenizer's files, by name; None in data that was prepared before they had any."""
     splits: Annotated[dict[Literal["train", "validation"], Split], Field(min_length=len(SPLITS))]
 
     @property
     def fingerprint(self) -> str:
-        """Equal for data that is equal: of the checksums and the tokenizer, not of where the text came from."""
+        """Equal for data that is equal: of the shards' checksums and the tokenizer, not of where the text came from."""
         content = self.model_dump(include={"format", "tokenizer", "splits"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -122,8 +127,17 @@ class Manifest(Section):
     def text(self) -> str:
         return json.dumps({**self.model_dump(), "fingerprint": self.fingerprint}, indent=1) + "\n"
 
+    def check_tokenizer(self, folder: str | Path) -> None:
+        """Raises UserError that names a file of the tokenizer in `folder` that is missing or has changed."""
+        for name, expected in (self.tokenizer_sha256 or {}).items():
+            path = Path(folder) / TOKENIZER / name
+            there = path.is_file()
+            if not there or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+                state = "has changed since the data was prepared" if there else "is no regular file" if path.exists() else "is missing"
+                raise UserError(f"{path}: {state}; copy it again or prepare the data again")
+
     def files(self) -> dict[str, tuple[int, str]]:
-        """Size in bytes and sha256 of each file."""
+        """Size in bytes and sha256 of each file of the splits."""
         return {file: facts for name, split in self.splits.items() for file, facts in split.files(name).items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ EOD = "<|endoftext|>"
 MASK = "<|mask|>"
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What every kind can do. `pieces` holds the bytes of each token where the tokenizer is byte-level, else it is None."""
 
     vocab_size: int
@@ -38,12 +39,12 @@ class Tokenizer:
     pieces: list[bytes] | None
     """Bytes of each id, empty for special tokens."""
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Ids and byte counts of each text; special tokens are neither added nor recognised in the text.
 
         The counts of a text sum to its length in UTF-8, unless it has no token at all.
         """
-        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0][0].tolist()
@@ -60,9 +61,9 @@ class Tokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda i: decoder.decode(b"", final=True) if i is None else decoder.decode(self.pieces[i])
 
+    @abstractmethod
     def files(self) -> dict[str, str]:
         """Name and content of the files that make the tokenizer up."""
-        raise NotImplementedError
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -8,7 +8,7 @@ import pytest
 from fakes import write
 from typer.testing import CliRunner
 
-from bigtrain.checkpoint import format
+from bigtrain.checkpoint import format, save
 from bigtrain.checkpoint.load import Reader
 from bigtrain.cli import app
 from bigtrain.errors import RunError, UserError
@@ -100,6 +100,26 @@ def test_commands(run):
     for command in ("list", "verify"):
         nothing = invoke(app, ["checkpoint", command, str(run / "checkpoints/step-00000001/none")])
         assert nothing.exit_code == 2 and nothing.stderr.startswith("bigtrain: ") and nothing.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["list", "verify"])
+@pytest.mark.parametrize("moment", ["is_file", "is_dir", "read_text"])
+def test_commands_pass_over_what_a_run_removes_meanwhile(run, monkeypatch, command, moment):
+    """Whenever that is: `moment` is what is done with a file of step 1 for the last time before all of them are gone."""
+    one = run / "checkpoints/step-00000001"
+    real, left = getattr(Path, moment), []
+
+    def watched(path, *rest, **more):
+        try:
+            return real(path, *rest, **more)
+        finally:
+            if one.name in str(path) and path.name != format.MANIFEST and not left:
+                left.append(save.remove(one))
+
+    monkeypatch.setattr(Path, moment, watched)
+    result = CliRunner().invoke(app, ["checkpoint", command, str(run)])
+    assert (result.exit_code, result.stderr, result.exception) == (0, "", None) and left
+    assert result.stdout.count("\n") == 1 and "step-00000002" in result.stdout
 
 
 def test_find(run):

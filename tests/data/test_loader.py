@@ -193,6 +193,22 @@ def test_a_token_beyond_the_vocabulary_is_located(build, store, config):
             loader.step(p)
 
 
+def test_a_damaged_held_out_sequence_is_told_and_has_no_weight(store, config):
+    """So that a rank that finds one takes as many batches as the others."""
+    path = store.folder / "train-00000.tokens"
+    tokens = np.fromfile(path, "<u2")
+    tokens[32 * 5 + 7] = 600
+    tokens.tofile(path)
+    c = config(evaluate=dict(sequences=8))
+    task = make_task(c, store.manifest.tokenizer)
+    told = []
+    batches = list(evaluation_batches(store, task, c, shape(1, 2, 2), 0, told.append))
+    assert [str(error).split(":")[1] for error in told] == [" token 167 is 600, beyond the vocabulary of 258"]
+    assert [batch["count"] for batch in batches] == [64, 32] and (batches[1]["token"] < 258).all()
+    with pytest.raises(UserError, match="token 167 is 600"):
+        list(evaluation_batches(store, task, c, shape(1, 2, 2), 0))
+
+
 def test_a_model_that_is_too_small_is_refused_at_the_start(build, config):
     small = config(model=dict(layers=1, width=8, heads=1, mlp_width=8, max_positions=64, vocab_size=100))
     with pytest.raises(UserError, match="model.vocab_size: 100 is too small"):

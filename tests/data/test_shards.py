@@ -119,6 +119,34 @@ def test_a_damaged_manifest_is_named(store, change, says):
         Manifest.read(store.folder)
 
 
+def test_a_tokenizer_that_has_changed_is_named(texts, data):
+    folder = prepare(data(tokenizer="bpe", bpe_vocab_size=300))
+    manifest = Manifest.read(folder)
+    assert manifest.tokenizer_sha256.keys() == {p.name for p in (folder / "tokenizer").iterdir()}
+    manifest.check_tokenizer(folder)
+    for name in manifest.tokenizer_sha256:
+        path = folder / "tokenizer" / name
+        before = path.read_bytes()
+        path.write_bytes(before + b"\n")  # what reads it would not see that
+        with pytest.raises(UserError, match=f"^{path}: has changed since the data was prepared; copy it again or prepare the data again$"):
+            manifest.check_tokenizer(folder)
+        path.unlink()
+        with pytest.raises(UserError, match=f"tokenizer/{name}: is missing; copy"):
+            manifest.check_tokenizer(folder)
+        path.write_bytes(before)
+
+
+def test_data_of_a_manifest_without_a_checksum_of_its_tokenizer(store, data):
+    """It was prepared before there were any: it is the same data, and good as it is."""
+    path = store.folder / "manifest.json"
+    stored = json.loads(path.read_text())
+    del stored["tokenizer_sha256"]
+    path.write_text(json.dumps(stored))
+    manifest = Manifest.read(prepare(data()))
+    assert manifest.tokenizer_sha256 is None and manifest.fingerprint == store.manifest.fingerprint
+    manifest.check_tokenizer(store.folder)
+
+
 def test_a_manifest_cut_short_is_named(store):
     path = store.folder / "manifest.json"
     path.write_text(path.read_text()[:100])

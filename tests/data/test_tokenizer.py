@@ -8,7 +8,7 @@ import pytest
 import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from bigtrain.data.tokenizer import Bytes, Subword, from_hugging_face, load, train_bpe
+from bigtrain.data.tokenizer import Bytes, Subword, Tokenizer, from_hugging_face, load, train_bpe
 from bigtrain.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +156,13 @@ def test_training_is_the_same_in_another_process():
         subprocess.check_output([sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, cwd=ROOT, text=True).strip() for seed in "12"
     }
     assert fingerprints == {bpe().fingerprint}
+
+
+@pytest.mark.parametrize("left_out", ["encode_batch", "files"])
+def test_a_kind_that_leaves_something_out_cannot_be_made(left_out):
+    methods = {name: getattr(Bytes, name) for name in ("encode_batch", "files") if name != left_out}
+    with pytest.raises(TypeError, match=left_out):
+        type("Half", (Tokenizer,), methods)()
 
 
 def test_too_small_a_vocabulary_is_refused():

@@ -51,9 +51,9 @@ def load(world, folder: Path, data: str, cases: list) -> dict[str, list]:
     for optimizer, source, stage, offload in cases:
         name = f"{optimizer}-{source}-to-{stage}-{world.size}"
         t = trainer(settings(data, folder, name, stage, offload, optimizer), world)
-        t.resume(checkpoint(folder, f"{optimizer}-{source}"))
-        t.saved = None
-        t.save()
+        t.progress = t.saving.resume(checkpoint(folder, f"{optimizer}-{source}"))
+        t.saving.saved = None
+        t.saving.save(t.progress, {})
         result[name] = rows_of(t)
         t.train()
         close(t)

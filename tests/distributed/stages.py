@@ -65,7 +65,7 @@ def resume(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
         close(first)
 
         second = trainer(settings("resumed"), world)
-        second.resume(format.checkpoints(second.run.checkpoints)[-1])
+        second.progress = second.saving.resume(format.checkpoints(second.saving.folder)[-1])
         result[name]["second"] = rows_of(second)
         second.train()
         result[name]["loss_scale"] = second.engine.loss_scale
@@ -94,7 +94,7 @@ def optimizers(world, folder: Path, data: str, cases: list) -> dict[str, dict]:
         def train(checkpoint: Path | None = None, settings=settings) -> tuple[list, list]:
             t = trainer(settings, world)
             if checkpoint:
-                t.resume(checkpoint)
+                t.progress = t.saving.resume(checkpoint)
             rows = rows_of(t)
             t.train()
             problems = _compare_with_deepspeed(t) if settings.zero.stage else []

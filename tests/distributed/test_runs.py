@@ -3,6 +3,7 @@
 Most runs here are forks of one warm process (see warm.py); those about launchers start real processes.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -23,11 +24,12 @@ import torch
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
-from training import config, prepare_data, tensors
+from training import tensors, write_config
 
 from bigtrain import configfile, opbuild
 from bigtrain.checkpoint import format
 from bigtrain.cli import app
+from bigtrain.data.shards import Manifest
 from bigtrain.runfolder import RunFolder, latest_rows, read_json, read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -44,10 +46,8 @@ ENVIRONMENT = {
 def folder(tmp_path_factory) -> Path:
     """Prepared data and c.yaml, a run of 30 steps on two ranks with a checkpoint every 10 and an evaluation every 15."""
     folder = tmp_path_factory.mktemp("runs")
-    prepare_data(folder)
-    settings = config(
+    write_config(
         folder,
-        data={"validation_fraction": 0.2},
         train={"steps": STEPS, "ema_decay": 0.5},
         schedule={"warmup_steps": 2},
         checkpoint={"every": 10},
@@ -55,7 +55,6 @@ def folder(tmp_path_factory) -> Path:
         generate={"prompts": ["document"], "tokens": 4},
         launch={"ranks_per_node": 2},
     )
-    (folder / "c.yaml").write_text(configfile.dump(settings))
     return folder
 
 
@@ -290,6 +289,26 @@ def test_damaged_data(folder, warm, token, says):
     assert ended["exit_code"] == 2 and says in ended["reason"]
 
 
+def test_damaged_held_out_data(folder, warm):
+    """Rank 1 finds it in an evaluation, where at stage 3 the others need it for every batch; the checksums know nothing of it."""
+    damaged = folder / "damaged-held-out"
+    shutil.copytree(folder / "data", damaged)
+    tokens = np.fromfile(damaged / "validation-00000.tokens", "<u2")
+    tokens[70] = 60000  # of sequence 2: the first two are rank 0's
+    tokens.tofile(damaged / "validation-00000.tokens")
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    del manifest["fingerprint"]
+    manifest["splits"]["validation"]["shards"][0]["tokens_sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    (damaged / "manifest.json").write_text(Manifest.model_validate(manifest).text())
+    codes, screen = warm(folder, 2, "run.name=held-out", f"data.folder={damaged}", "zero.stage=3", "evaluate.every=2")
+    said = (
+        f"{damaged}/validation-00000.tokens: token 70 is 60000, beyond the vocabulary of 320: the file is damaged; prepare the data again"
+    )
+    assert codes == [2, 2] and [line for line in screen.splitlines() if line.startswith("bigtrain:")] == [f"bigtrain: {said}"], screen
+    run = run_of(folder, "held-out")
+    assert attempt_of(run, 1)["reason"] == said and len(losses(run)) == 2
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 def test_a_full_disk_under_the_log_stops_nothing(folder, warm):
     attempts = run_of(folder, "full").path / "attempts"
@@ -370,7 +389,9 @@ def test_wandb_offline_keeps_off_the_network(folder, warm):
 
 def test_wandb_out_of_reach_does_not_stop_training(folder, warm):
     variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    codes, screen = warm(folder, 1, "run.name=online", "train.steps=4", "tracking.wandb=online", **variables)
+    # Waiting for it at the end takes longer than the time-out, and is no hang.
+    more = ["train.steps=4", "tracking.wandb=online", "launch.timeout=5"]
+    codes, screen = warm(folder, 1, "run.name=online", *more, **variables)
     assert codes == [0] and "wandb" in screen and "metrics.jsonl has every row" in screen
     assert len(losses(run_of(folder, "online"))) == 4
 

@@ -101,6 +101,17 @@ def test_one_that_cannot_be_written(failed, asynchronous, on_error):
         assert 6 <= found["steps"] <= 8  # in the background it surfaces at the next step that begins
 
 
+def test_one_that_fails_before_a_stop_is_tried_once_more(ranks, data):
+    """checkpoint.on_error: stop would have it end the run, which ends anyway: better with a checkpoint than without."""
+    for found in ranks("saving:failing_before_a_stop", 2, data, data=str(data)):
+        for case in found.values():
+            [warning] = case["warnings"]
+            assert "step-00000006: not written, rank 1 says: " in warning and warning.endswith(". Another one is written now")
+        again, full = found["again"], found["full"]
+        assert again["raised"].startswith("stopped on request after step 7;") and again["saved"] == [3, 7]
+        assert "step-00000007: not written, rank 1 says: [Errno 28]" in full["raised"] and full["saved"] == [3]
+
+
 def test_in_the_background_or_waited_for_it_is_the_same(failed, data):
     ours, theirs = (
         {name: content for name, content in contents(data / f"runs/failing-{kind}-continue/checkpoints").items() if "config" not in name}
@@ -110,12 +121,28 @@ def test_in_the_background_or_waited_for_it_is_the_same(failed, data):
     assert [name for name in ours if ours[name] != theirs[name]] == [name for name in ours if name.endswith("manifest.json")]
 
 
-def test_a_stop_in_the_middle_of_a_step(ranks, data):
-    for found in ranks("saving:stop_in_a_step", 2, data, data=str(data)):
+@pytest.fixture(scope="module")
+def stopped(ranks, data) -> list:
+    return ranks("saving:stops", 2, data, data=str(data))
+
+
+def test_a_stop_in_the_middle_of_a_step(stopped, data):
+    for found in (each["in a step"] for each in stopped):
         assert found["said"].startswith("stopped on request in the middle of step 6, which was given up")
         assert found["passes"] == 3 and found["saved"] == [3, 5]
         assert found["read"] == []  # that of step 5 was verified before the run went on from it
     ours, theirs = (tensors(data / f"runs/{name}/checkpoints/step-00000012") for name in ("stopped", "straight"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_stop_in_the_first_step_of_an_attempt(stopped, data):
+    """How long it takes nobody knows, so it is given up whatever the grace, and the run goes on from its beginning."""
+    for found in (each["in the first step"] for each in stopped):
+        for attempt in ("first", "second"):
+            assert found[attempt]["said"].startswith("stopped on request in the middle of step 1, which was given up")
+            assert found[attempt]["passes"] == [1, 1, 1] and found[attempt]["saved"] == [0]
+        assert found["last"]["said"] == "" and found["last"]["passes"][:48] == [step for step in range(1, 13) for _ in range(4)]
+    ours, theirs = (tensors(data / f"runs/{name}/checkpoints/step-00000012") for name in ("begun", "straight"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 

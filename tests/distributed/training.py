@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from bigtrain import configfile
 from bigtrain.checkpoint.load import Reader
 from bigtrain.config import Config, batch_arithmetic
 from bigtrain.runfolder import RunFolder
@@ -24,6 +25,7 @@ def config(folder: Path, **changes: dict) -> Config:
             "tokenizer": "bytes",
             "folder": str(folder / "data"),
             "sequence_length": 32,
+            "validation_fraction": 0.2,
         },
         "train": {"steps": 20, "global_batch": 8, "micro_batch": 2},
         "optimizer": {"lr": 1e-3},
@@ -48,7 +50,13 @@ def prepare_data(folder: Path) -> None:
     from bigtrain.data.prepare import prepare
 
     write_text(folder)
-    prepare(config(folder).data.model_copy(update={"validation_fraction": 0.2}))
+    prepare(config(folder).data)
+
+
+def write_config(folder: Path, **changes: dict) -> None:
+    """Prepared data, and c.yaml: a config of it with `changes`."""
+    prepare_data(folder)
+    (folder / "c.yaml").write_text(configfile.dump(config(folder, **changes)))
 
 
 def trainer(settings: Config, world, report=None):

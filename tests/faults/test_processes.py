@@ -20,9 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from test_runs import ENVIRONMENT, attempt_of, losses, run_of, warm  # noqa: F401 (a fixture among them)
-from training import config, prepare_data, tensors
+from training import tensors, write_config
 
-from bigtrain import configfile
 from bigtrain.checkpoint import format
 from bigtrain.runfolder import RunFolder, read_json, read_rows
 from bigtrain_launch.diagnose import examine
@@ -34,16 +33,13 @@ TIMEOUT = 6.0
 def folder(tmp_path_factory) -> Path:
     """Prepared data and c.yaml, a run on two ranks that saves every 10 steps and is restarted once."""
     folder = tmp_path_factory.mktemp("faults")
-    prepare_data(folder)
-    settings = config(
+    write_config(
         folder,
-        data={"validation_fraction": 0.2},
         train={"steps": 60},
         checkpoint={"every": 10},
         launch={"ranks_per_node": 2, "timeout": TIMEOUT},
         restarts={"max": 1, "backoff": 0.1},
     )
-    (folder / "c.yaml").write_text(configfile.dump(settings))
     return folder
 
 

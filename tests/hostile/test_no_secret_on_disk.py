@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from training import config, prepare_data
+from training import write_config
 
-from bigtrain import configfile, opbuild
+from bigtrain import opbuild
 from bigtrain.runfolder import RunFolder, read_rows
 from bigtrain_launch import local
 
@@ -67,10 +67,8 @@ def leaks(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[RunFolder, str]:
     folder = tmp_path_factory.mktemp("leaky")
-    prepare_data(folder)
-    settings = config(
+    write_config(
         folder,
-        data={"validation_fraction": 0.2},
         train={"steps": 2},
         schedule={"warmup_steps": 0},
         checkpoint={"every": 1},
@@ -78,7 +76,6 @@ def run(tmp_path_factory) -> tuple[RunFolder, str]:
         generate={"prompts": ["document"], "tokens": 2},
         tracking={"tensorboard": True, "wandb": "offline"},
     )
-    (folder / "c.yaml").write_text(configfile.dump(settings))
     environment = {
         **os.environ,
         **SECRETS,

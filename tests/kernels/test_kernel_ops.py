@@ -60,6 +60,18 @@ def test_attention(causal, T, S, G):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", [dict(cap=2.0), dict(window=3), dict(window=3, cap=2.0), dict(scale=0.3), dict(return_lse=True)], ids=str)
+@pytest.mark.parametrize("sink", [True, False])
+def test_attention_of_other_kinds(causal, kind, sink):
+    inputs = [rand(2, 6, 4, 8), rand(2, 6, 2, 8), rand(2, 6, 2, 8), *([rand(4)] if sink else [])]
+
+    def by(attention):
+        return lambda q, k, v, sink_H=None: attention(q, k, v, causal=causal, sink_H=sink_H, **kind)
+
+    same(by(ops.attention), by(reference.attention), inputs)
+
+
+@pytest.mark.parametrize("causal", [True, False])
 def test_attention_stays_within_documents(causal):
     document_BT = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, -1, -1]], dtype=torch.int32)
     inputs = rand(2, 8, 4, 8), rand(2, 8, 2, 8), rand(2, 8, 2, 8)

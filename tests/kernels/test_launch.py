@@ -1,13 +1,14 @@
-"""Where an operator launches: on the GPU of its tensors, whichever is the current one."""
+"""Where an operator launches: on the GPU of its tensors, whichever is the current one, with what the tables have for it."""
 
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bigtrain_kernels import static
-from bigtrain_kernels.launch import on_its_gpu, operator
+from bigtrain_kernels import launch, static
+from bigtrain_kernels.launch import INTERPRETED, Launch, architecture, on_its_gpu, operator
 
 
 class Gpus:
@@ -74,6 +75,26 @@ def test_an_operator_asks_for_its_gpu(monkeypatch):
     compiled = torch.compile(lambda x, y: twice(x, y, by=2.0), fullgraph=True, backend="eager")
     assert compiled(x, y).sum() == 6 and twice(y=y, by=2.0, x=x).sum() == 6
     assert asked == [x.shape, x.shape]
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "entry"),
+    [
+        *[("cuda", 75, "sm_80"), ("cuda", 80, "sm_80"), ("cuda", 89, "sm_80"), ("cuda", 90, "sm_90"), ("cuda", 100, "sm_100")],
+        *[("cuda", 120, "sm_100"), ("hip", "gfx942", "gfx942"), ("hip", "gfx90a", "gfx942")],
+    ],
+)
+def test_every_gpu_has_an_entry(monkeypatch, backend, arch, entry):
+    here = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend=backend, arch=arch)))
+    monkeypatch.setattr(launch, "driver", here)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    assert architecture() == entry
+    monkeypatch.setattr(launch, "interpreted", lambda: True)
+    assert architecture() == INTERPRETED
+
+
+def test_what_a_launch_is_given():
+    assert Launch({"BLOCK_M": 64}, warps=4).arguments() == {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
 
 
 @pytest.mark.parametrize("family", static.FAMILIES)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +170,35 @@ def test_products_that_miss_their_tensor_core():
     assert "without tensor cores" in broken(with_facts(tall, tensor_core={})._replace(architecture="gfx942"))[0]
     plain = product_row("sm_90", M=32, N=32, K=32, dtype=torch.float32)
     assert plain.facts.tensor_core == {} and plain.facts.loop_instructions > 0 and broken(plain) == []
+
+
+MULTIPLY = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4].tnspB, R24, gsb0"
+WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+def sass_of(*loop, after=()):
+    """An sm_90 kernel whose main loop is these instructions, as NVIDIA's disassembler writes it."""
+    rows = ["MOV R1, c[0x0][0x28]", ".L_x_0:", *loop, "@!P0 BRA `(.L_x_0)", *after, "EXIT"]
+    return "\n".join(row if row.endswith(":") else f"        /*{16 * i:04x}*/                   {row} ;" for i, row in enumerate(rows))
+
+
+@pytest.mark.parametrize(
+    ("text", "waits", "multiplies", "refused"),
+    [
+        (sass_of("WARPGROUP.ARRIVE", *[MULTIPLY, WAIT] * 4), 4, 4, True),
+        (sass_of("WARPGROUP.ARRIVE", *[MULTIPLY] * 4, WAIT), 1, 4, False),
+        (sass_of("WARPGROUP.ARRIVE", *[MULTIPLY] * 4, after=[MULTIPLY, WAIT] * 4), 0, 4, False),  # they wait behind the loop
+        (sass_of("WARPGROUP.ARRIVE", *[MULTIPLY, WAIT] * 2), 2, 2, False),  # a softmax between two products needs the first
+    ],
+    ids=["each", "all at once", "behind the loop", "two"],
+)
+def test_matrix_instructions_that_wait_for_each_other(good, monkeypatch, text, waits, multiplies, refused):
+    monkeypatch.setattr(static_facts, "_tool", lambda path, option, cubin: text if option == "-c" else "REG:64 STACK:0")
+    asm = {"cubin": b"", "ptx": ".reqntid 128", "ttir": ""}
+    f = static_facts.facts(SimpleNamespace(asm=asm, metadata=SimpleNamespace(shared=0)), "sm_90")
+    assert (f.loop_waits, f.loop_tensor_core) == (waits, multiplies)
+    said = ["waits for each of the 4 HGMMA of its main loop before the next"] if refused else []
+    assert broken(good._replace(facts=f)) == said
 
 
 def test_shared_memory_beyond_the_limit():

@@ -108,6 +108,7 @@ def test_padding_is_their_attention_mask(pair):
     hf, model = pair
     token = torch.randint(V, (B, T))
     keep = torch.ones(B, T, dtype=torch.int32)
+    keep[0, :5] = 0  # a causal model would not see what lies behind
     keep[1, 7:] = 0
     theirs = hf(input_ids=token, attention_mask=keep.long()).logits
     ours = model(token, document_BT=keep)

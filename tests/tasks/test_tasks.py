@@ -1,13 +1,15 @@
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from bigtrain.config import Config
+from bigtrain.config import Checkpoint, Config, Evaluate, problems
 from bigtrain.data.pack import IGNORE, pack, padding
 from bigtrain.data.shards import TokenizerInfo
 from bigtrain.errors import UserError
+from bigtrain.evaluate import evaluate
 from bigtrain.tasks import make_task
 
 EOD, MASK, VOCAB = 256, 257, 258
@@ -56,6 +58,17 @@ def test_byte_count_leaves_out_targets_that_are_not_counted():
     s.target_T[5:] = IGNORE
     batch = make_task(make_config(), INFO).batch([s], [0])
     assert (batch["count"], batch["byte_count"]) == (5, 2 * 4)
+
+
+@pytest.mark.parametrize("task", ["causal", "masked"])
+@pytest.mark.parametrize("metric", get_args(get_args(Checkpoint.model_fields["keep_best"].annotation)[0]))
+def test_a_metric_that_the_task_does_not_give_keeps_no_checkpoint(task, metric):
+    """What a config may ask for is what an evaluation finds: `bigtrain.config.problems` knows no task."""
+    config, made = make_config(task), make_task(make_config(task), INFO)
+    found = evaluate(Model(), made, [made.batch([sample()], [0])], torch.device("cpu"), total=lambda sums: sums)
+    rules = Checkpoint(every=1, keep_best=metric)
+    refused = problems(config.model_copy(update={"checkpoint": rules, "evaluate": Evaluate(every=1)}))
+    assert [key for key, text in refused if metric in text] == ([] if metric in found else ["checkpoint.keep_best"])
 
 
 @pytest.mark.parametrize("task", ["causal", "masked"])
