@@ -97,7 +97,7 @@ class Trainer:
         self.evaluated: dict[str, float] = {}  # what the newest evaluation found, if it was at this step
         self.flops_per_token = self.engine.module.flops_per_token(config.data.sequence_length)
         self.unlogged: Step | None = None
-        self.step_seconds = 0.0  # how long the step before took, over all ranks
+        self.step_seconds: float | None = None  # how long the step before took, over all ranks; None in the first one
         self.damage: str | None = None  # what this rank has found wrong with its data
         self.stop: int | None = None  # the signal that asked this rank to stop
         for number in STOP_SIGNALS:
@@ -208,8 +208,7 @@ class Trainer:
             self.stop is not None,
         ]
         tokens_sum, loss_sum, seconds, failed, damaged, stops = self.world.sum(mine)
-        self.step_seconds = seconds / self.world.size
-        self.log(loss_sum)
+        self.log(loss_sum, seconds)
         self.refuse(damaged)
         if stops:
             self.stop_now(f"after step {self.progress.step}")
@@ -221,7 +220,7 @@ class Trainer:
     def hurried(self) -> bool:
         """A step takes longer than a scheduler waits between asking and killing, or nobody knows yet how long, in the first one of
         an attempt, with kernels to compile: look for a signal after every micro-batch."""
-        return self.config.launch.grace is not None and (not self.step_seconds or self.step_seconds > self.config.launch.grace)
+        return self.config.launch.grace is not None and (self.step_seconds is None or self.step_seconds > self.config.launch.grace)
 
     def stop_if_asked(self, when: str) -> None:
         """Stop now if any rank was asked to; one all-reduce."""
@@ -235,12 +234,14 @@ class Trainer:
     def finish_step(self) -> None:
         """Log the step just done without waiting for the next one to begin."""
         if self.unlogged:
-            self.log(*self.world.sum([self.unlogged.loss_sum.value()]))
+            self.log(*self.world.sum([self.unlogged.loss_sum.value(), self.unlogged.seconds]))
 
-    def log(self, loss_sum: float) -> None:
+    def log(self, loss_sum: float, seconds: float) -> None:
+        """Log the step before, if it has not been; its loss and its time are sums over all ranks."""
         step, self.unlogged = self.unlogged, None
         if step is None:
             return
+        self.step_seconds = seconds / self.world.size
         loss = loss_sum / step.tokens
         if not math.isfinite(loss) and not step.skipped and self.precision != "fp16":
             raise RunError(f"step {step.number}: the loss is {loss}; {self.saving.safe}")

@@ -28,17 +28,17 @@ def stops(world, folder: Path, data: str) -> dict[str, dict]:
 
 
 def stop_in_the_first_step(world, folder: Path, data: str) -> dict:
-    """A new run that rank 1 is asked to stop in the third of four passes of its first step, then in that of the attempt that goes on."""
+    """A new run that rank 1 is asked to stop in the third of four passes of a step: the first one of two attempts, then the fourth."""
     found = {}
-    for attempt in ("first", "second", "last"):
+    for attempt, step in (("first", 1), ("second", 1), ("third", 4), ("last", None)):
         t = trainer(settings(data, folder, "begun", launch={"grace": 3600.0}), world)
         for checkpoint in format.checkpoints(t.saving.folder)[-1:]:
             t.progress = t.saving.resume(checkpoint)
         loss, passes = t.task.loss, []
 
-        def watched(engine, batch, t=t, loss=loss, passes=passes, attempt=attempt):
+        def watched(engine, batch, t=t, loss=loss, passes=passes, step=step):
             passes.append(t.progress.step + 1)
-            if world.rank == 1 and len(passes) == 3 and attempt != "last":
+            if world.rank == 1 and passes.count(step) == 3:
                 t.stop = 15
             return loss(engine, batch)
 
