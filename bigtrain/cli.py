@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from bigtrain.errors import BigtrainError, UserError
+from bigtrain.errors import BadNode, BigtrainError, UserError
 
 
 class _Commands(TyperGroup):
@@ -21,7 +21,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BigtrainError as error:
-            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks found the same
+            # Of ranks that find the same, one says so.
+            names = ("LOCAL_RANK", "SLURM_LOCALID") if isinstance(error, BadNode) else ("RANK", "SLURM_PROCID")
+            if next((os.environ[name] for name in names if name in os.environ), "0") == "0":
                 from bigtrain.screen import printable
 
                 print(f"bigtrain: {printable(error)}", file=sys.stderr)
@@ -65,6 +67,7 @@ def train(
     """Train, or go on with a run that was stopped. Starts the ranks itself, unless a launcher has."""
     from bigtrain import configfile, hardware, opbuild
     from bigtrain.ranks import launched
+    from bigtrain_launch.environment import joining
 
     if importlib.util.find_spec("torch") is None:
         raise UserError("torch is not installed in this Python; install bigtrain with its requirements: pip install -c constraints.txt .")
@@ -78,6 +81,7 @@ def train(
         os.environ["DS_ACCELERATOR"] = "cpu"
     ops = opbuild.needed(source.config, here.kind)
     if variables:
+        os.environ.update(joining(os.environ, variables, here))
         opbuild.check_locks(ops)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported and ranks meet, Ctrl-C leaves no traceback
         from bigtrain.logs import RankOutput
@@ -324,12 +328,14 @@ def _checkpoints(run: Path) -> list[Path]:
 @ops_app.command("build")
 def ops_build(
     config: Annotated[Path | None, typer.Argument(help="Build what this config needs; left out: all for the CPU.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Compile the ops before anything waits for them; returns at once when they are there."""
     from bigtrain import configfile, hardware, opbuild
 
     os.environ.update(opbuild.environment())
-    opbuild.build(opbuild.needed(configfile.load(config), hardware.look().kind) if config else list(opbuild.ALL), print)
+    needed = opbuild.needed(configfile.load(config, overrides or []), hardware.look().kind) if config else list(opbuild.ALL)
+    opbuild.build(needed, print)
 
 
 @ops_app.command("load", hidden=True)
