@@ -29,6 +29,12 @@ class LostRun(RunError):
     """Another attempt has taken the run over: this one must write no more, and end."""
 
 
+class BadNode(RunError):
+    """Too few machines are left that pass their checks; the message names the others."""
+
+    code = BAD_NODE
+
+
 class StopRequested(BigtrainError):
     """A signal asked the run to stop; the checkpoint is written and the same command resumes it."""
 
