@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from bigtrain.cli_common import SETTINGS, ConfigPath, New, Overrides, RunPath, prepare, require_torch
 from bigtrain.cli_launch import launch_app, launch_local
-from bigtrain.errors import BigtrainError, UserError
+from bigtrain.errors import BadNode, BigtrainError, UserError
 
 
 class _Commands(TyperGroup):
@@ -22,8 +22,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BigtrainError as error:
-            # The other ranks found the same; an agent keeps what each of them says, and lets the first be heard.
-            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0" or "BIGTRAIN_AGENT" in os.environ:
+            # Of ranks that find the same, one says so; an agent keeps what each says, and lets the first be heard.
+            names = ("LOCAL_RANK", "SLURM_LOCALID") if isinstance(error, BadNode) else ("RANK", "SLURM_PROCID")
+            if "BIGTRAIN_AGENT" in os.environ or next((os.environ[name] for name in names if name in os.environ), "0") == "0":
                 from bigtrain.screen import printable
 
                 print(f"bigtrain: {printable(error)}", file=sys.stderr)
@@ -59,6 +60,7 @@ def train(config: ConfigPath, overrides: Overrides = None, new: New = False) -> 
     """Train, or go on with a run that was stopped. Starts the ranks itself, unless a launcher has."""
     from bigtrain import configfile, hardware, opbuild
     from bigtrain.ranks import launched
+    from bigtrain_launch.environment import joining
 
     if (variables := launched(os.environ)) is None:
         launch_local(config, overrides, new)
@@ -71,6 +73,7 @@ def train(config: ConfigPath, overrides: Overrides = None, new: New = False) -> 
     os.environ.update(opbuild.environment())
     if here.kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.update(joining(os.environ, variables, here))
     opbuild.check_locks(opbuild.needed(source.config, here.kind))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported and ranks meet, Ctrl-C leaves no traceback
     from bigtrain.logs import RankOutput
@@ -300,12 +303,14 @@ def _checkpoints(run: Path) -> list[Path]:
 @ops_app.command("build")
 def ops_build(
     config: Annotated[Path | None, typer.Argument(help="Build what this config needs; left out: all for the CPU.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Compile the ops before anything waits for them; returns at once when they are there."""
     from bigtrain import configfile, hardware, opbuild
 
     os.environ.update(opbuild.environment())
-    opbuild.build(opbuild.needed(configfile.load(config), hardware.look().kind) if config else list(opbuild.ALL), print)
+    needed = opbuild.needed(configfile.load(config, overrides or []), hardware.look().kind) if config else list(opbuild.ALL)
+    opbuild.build(needed, print)
 
 
 @ops_app.command("load", hidden=True)

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a person reads, and the exit codes that a scheduler reads."""
+"""The kinds of failure that a person reads, and the exit codes that a scheduler reads."""
 
 DONE = 0
 FAILURE = 1
@@ -29,8 +29,8 @@ class LostRun(RunError):
     """Another attempt has taken the run over: this one must write no more, and end."""
 
 
-class BadNode(RunError):
-    """Too few machines are left that pass their checks; the message names the others."""
+class BadNode(BigtrainError):
+    """A machine cannot do its part of a run, or too many cannot; the message names them, for the others know nothing of it."""
 
     code = BAD_NODE
 

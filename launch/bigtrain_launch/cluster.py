@@ -6,30 +6,25 @@ machines, at the same paths, and agents work in its working directory.
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import secrets
 import selectors
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from bigtrain.errors import BAD_NODE, DONE, StopRequested, UserError
-from bigtrain_launch.channel import PROTOCOL, Channel, Message
-from bigtrain_launch.local import GRACE_SECONDS, End, Exit, Signals, say, watch
-from bigtrain_launch.strays import ATTEMPT, RUN
+from bigtrain_launch.channel import PROTOCOL, Channel, Message, one_line
+from bigtrain_launch.local import GRACE_SECONDS, End, Signals, say, watch
+from bigtrain_launch.remote import POLL_SECONDS, Meeting, Remote
 
 CONNECT_SECONDS = 30.0
 """For an agent to answer after it was started; with a scheduler that starts it, and a cold disk, this is little."""
 ANSWER_SECONDS = 20.0  # for a question to an agent
-KILL_SECONDS = 5.0  # for an agent to confirm that its ranks are dead
 TAIL_BYTES = 1 << 13  # of what a rank printed, kept in case that it fails
 ANSWER_BYTES = 1 << 20  # the same for a rank that answers in JSON
-POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -130,9 +125,23 @@ class Cluster:
             for why in apart.values():
                 say(why)
             return End(BAD_NODE, suspects=tuple(apart), gone=tuple(apart), reason="; ".join(apart.values()))
-        with _Remote(self, nodes, show_first=True) as ranks:
+        with Remote(self, nodes, show_first=True) as ranks:
             ranks.start(["-m", "bigtrain", *argv], environment, meeting, run, TAIL_BYTES)
             return watch(ranks, self.signals)
+
+    def run(self, nodes: Sequence[Node], argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+        """Run `python -m bigtrain *argv` once on each of these connected machines. Returns those where it failed, and what was the
+        matter, in a line each."""
+        failed = {}
+        alone = {node.name: Meeting("127.0.0.1", 0, None) for node in nodes}
+        with Remote(self, [Node(node.name, 1) for node in nodes], show_first=False) as ranks:
+            ranks.start(["-m", "bigtrain", *argv], environment, alone, "", TAIL_BYTES)
+            while ranks.running:
+                for one in ranks.ended(POLL_SECONDS):
+                    if one.code != DONE:
+                        failed[one.host] = one.gone or f"`bigtrain {argv[0]}` failed there: {one_line(one.tail)}"
+                self._heed_signals()
+        return failed
 
     def gather(
         self, nodes: Sequence[Node], module: str, argv: Sequence[str], environment: Mapping[str, str], seconds: float
@@ -147,7 +156,7 @@ class Cluster:
             return {}
         answers: dict[int, dict[str, Any]] = {}
         until = time.monotonic() + seconds
-        with _Remote(self, nodes, show_first=False) as ranks:
+        with Remote(self, nodes, show_first=False) as ranks:
             ranks.start(["-m", module, *argv], environment, meeting, "", ANSWER_BYTES)
             while ranks.running and time.monotonic() < until:
                 for one in ranks.ended(POLL_SECONDS):
@@ -216,7 +225,7 @@ class Cluster:
             self._heed_signals()
         return answers
 
-    def _meet(self, nodes: Sequence[Node], port: int | None) -> tuple[dict[str, _Meeting], dict[str, str]]:
+    def _meet(self, nodes: Sequence[Node], port: int | None) -> tuple[dict[str, Meeting], dict[str, str]]:
         """Agree on where the ranks meet, by trying it out: (by machine the way there; who does not get there, and why)."""
         first, *others = [node.name for node in nodes]
         opened = self._ask([first], "open", ANSWER_SECONDS, port=port).get(first)
@@ -235,108 +244,12 @@ class Cluster:
         if len(apart) == len(others) > 1:
             apart = {first: f"no machine reaches {first}, where rank 0 is to be: {next(iter(apart.values())).partition(': ')[2]}"}
         ways = {name: answer["address"] for name, answer in answers.items() if "address" in answer}
-        meeting = {name: _Meeting(address, opened["port"], address) for name, address in ways.items()}
-        return {first: _Meeting(next(iter(ways.values()), "127.0.0.1"), opened["port"], visitor), **meeting}, apart
+        meeting = {name: Meeting(address, opened["port"], address) for name, address in ways.items()}
+        return {first: Meeting(next(iter(ways.values()), "127.0.0.1"), opened["port"], visitor), **meeting}, apart
 
     def _heed_signals(self) -> None:
         if any(True for _ in self.signals.take()):
             raise StopRequested("stopped on request while no rank was running; the same command goes on")
-
-
-class _Meeting(NamedTuple):
-    """Where the ranks meet, as seen from one machine."""
-
-    address: str
-    port: int
-    towards: str | None
-    """Another machine that its ranks talk to; None where there is none."""
-
-
-class _Remote:
-    """The ranks of one start on all machines (a local.Group). When this context ends, so have they."""
-
-    def __init__(self, cluster: Cluster, nodes: Sequence[Node], show_first: bool):
-        self._cluster, self._nodes, self._show_first = cluster, nodes, show_first
-        self._token = secrets.token_hex(8)
-        numbers = itertools.count()
-        self._left = {node.name: set(itertools.islice(numbers, node.ranks)) for node in nodes}
-        self.running = set(range(next(numbers)))
-
-    def start(
-        self,
-        argv: Sequence[str],
-        environment: Mapping[str, str],
-        meeting: Mapping[str, _Meeting],
-        run: str,
-        tail: int,
-    ) -> None:
-        for number, node in enumerate(self._nodes):
-            place = meeting[node.name]
-            numbers = {
-                "WORLD_SIZE": len(self.running),
-                "LOCAL_WORLD_SIZE": node.ranks,
-                "NODE_RANK": number,
-                "MASTER_ADDR": place.address,
-                "MASTER_PORT": place.port,
-                ATTEMPT: self._token,
-                RUN: run,
-            }
-            self._cluster.send(
-                node.name,
-                "start",
-                token=self._token,
-                argv=list(argv),
-                folder=os.getcwd(),
-                ranks=sorted(self._left[node.name]),
-                environment={**environment, **{key: str(value) for key, value in numbers.items()}},
-                machines=len(self._nodes),
-                towards=place.towards,
-                show=[0] if self._show_first else [],
-                tail=tail,
-            )
-
-    def ended(self, seconds: float) -> list[Exit]:
-        exits = []
-        for name, message in self._cluster.poll(seconds):
-            if message.get("token") != self._token:
-                continue  # the last words of an earlier start
-            if message["kind"] == "output":
-                self._cluster.show(message["text"])
-            elif message["kind"] == "note":
-                say(f"{name}: {message['text']}")
-            elif message["kind"] == "refused":
-                exits += self._lose(name, f"{name} cannot start ranks: {message['why']}")
-            elif message["kind"] == "ended" and message["rank"] in self._left[name]:
-                self._left[name].remove(message["rank"])
-                exits.append(Exit(message["rank"], message["code"], name, None, message["tail"]))
-        for name, left in self._left.items():
-            if left and (why := self._cluster.lost(name)):
-                exits += self._lose(name, f"{name} is gone: {why}")
-        self.running.difference_update(one.rank for one in exits)
-        return exits
-
-    def send(self, number: int) -> None:
-        for name in self._busy():
-            self._cluster.send(name, "signal", token=self._token, number=int(number))
-
-    def _lose(self, name: str, why: str) -> list[Exit]:
-        """A machine is lost, with all its ranks that have not ended."""
-        lost, self._left[name] = sorted(self._left[name]), set()
-        return [Exit(rank, -signal.SIGKILL, name, why) for rank in lost]
-
-    def _busy(self) -> list[str]:
-        return [name for name, left in self._left.items() if left]
-
-    def __enter__(self) -> _Remote:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.send(signal.SIGKILL)
-        until = time.monotonic() + KILL_SECONDS
-        while self.running and time.monotonic() < until:
-            self.ended(POLL_SECONDS)
-        for name in self._busy():
-            self._cluster.drop(name, "its agent did not end its ranks")
 
 
 def _clock(answer: Message | None) -> dict[str, float]:

@@ -40,7 +40,7 @@ class Door:
 def ways_here() -> list[str]:
     """Addresses by which others may reach this machine: the one by which ssh has come first."""
     came = os.environ.get("SSH_CONNECTION", "").split()
-    return list(dict.fromkeys([*came[2:3], *addresses()]))
+    return list(dict.fromkeys([*came[2:3], *(str(address) for _, address in addresses() if not address.is_loopback)]))
 
 
 def knock(names: Sequence[str], port: int, nonce: str, seconds: float) -> dict[str, str]:
