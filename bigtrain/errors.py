@@ -30,7 +30,7 @@ class LostRun(RunError):
 
 
 class BadNode(BigtrainError):
-    """This machine cannot do its part of a run; the others know nothing of it, so the message names it."""
+    """A machine cannot do its part of a run, or too many cannot; the message names them, for the others know nothing of it."""
 
     code = BAD_NODE
 

@@ -54,10 +54,11 @@ def interface(address: str, root: Path = Path("/")) -> str | None:
     if wanted.version == 6:
         rows = [line.split() for line in (root / "proc/net/if_inet6").read_text().splitlines()]
         return next((row[-1] for row in rows if int(row[0], 16) == int(wanted)), None)
-    return next((name for name, found in _addresses() if found == wanted), None) or ("lo" if wanted.is_loopback else None)
+    return next((name for name, found in addresses() if found == wanted), None) or ("lo" if wanted.is_loopback else None)
 
 
-def _addresses() -> list[tuple[str, ipaddress.IPv4Address]]:
+def addresses() -> list[tuple[str, ipaddress.IPv4Address]]:
+    """(interface, address) of all IPv4 addresses of this machine."""
     import fcntl  # not on every system
 
     table = array.array("B", bytes(1 << 16))
