@@ -53,5 +53,13 @@ def machines(environment: Mapping[str, str]) -> int | None:
     world, local = environment.get("WORLD_SIZE", ""), environment.get("LOCAL_WORLD_SIZE", "")
     if world.isdigit() and local.isdigit() and int(local):
         return -(-int(world) // int(local))
-    said = environment.get("CROSS_SIZE" if "RANK" in environment else "SLURM_STEP_NUM_NODES", "")
-    return int(said) if said.isdigit() else None
+    return _number(environment, ["CROSS_SIZE"] if "RANK" in environment else ["SLURM_STEP_NUM_NODES"])
+
+
+def machine_number(environment: Mapping[str, str]) -> int | None:
+    """Which of them this one is, None where nobody says. The first has rank 0."""
+    return _number(environment, ["NODE_RANK", "GROUP_RANK", "CROSS_RANK"] if "RANK" in environment else ["SLURM_NODEID"])
+
+
+def _number(environment: Mapping[str, str], names: list[str]) -> int | None:
+    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), None)

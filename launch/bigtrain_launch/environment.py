@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from bigtrain import opbuild
 from bigtrain.errors import UserError
 from bigtrain.hardware import HOST_MEMORY, Hardware
-from bigtrain.ranks import machines
+from bigtrain.ranks import machine_number, machines
 from bigtrain_launch.network import interface, is_here, is_loopback, own_address
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,22 @@ def rank_environment(place: Place, given: Mapping[str, str]) -> list[Setting]:
 def joining(environ: Mapping[str, str], variables: Mapping[str, str], hardware: Hardware) -> dict[str, str]:
     """What a rank that another launcher has started is to set for itself. `variables` are its rank variables.
 
-    Raises, beside what `rank_environment` raises, UserError for a rank 0 that the others would look for on another machine.
+    Raises, beside what `rank_environment` raises, UserError on rank 0 and on the machine that is MASTER_ADDR where these are two.
     """
-    master = variables["MASTER_ADDR"] or None
-    answered = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself, wherever rank 0 is
-    if master and variables["RANK"] == "0" and not answered and not is_here(master):
+    master, count = variables["MASTER_ADDR"] or None, machines(environ)
+    # torchrun, and bigtrain's own agents, have brought all machines together there before.
+    tried = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "BIGTRAIN_AGENT" in environ
+    if tried and master in LOOPBACK:
+        count = 1
+    settings = {setting.name: setting.value for setting in rank_environment(Place(hardware, None, count, master), environ)}
+    number = 0 if variables["RANK"] == "0" else machine_number(environ)
+    if master and not tried and number is not None and (number == 0) != is_here(master):
+        there = "is this machine, but rank 0 runs on another" if number else "is another machine, but rank 0 runs on this one"
         raise UserError(
-            f"MASTER_ADDR: {master} is another machine than {socket.gethostname()}, where rank 0 runs, and the others would wait for it"
-            " there; set it to the first machine's address on all of them, or start rank 0 there"
+            f"MASTER_ADDR: {master} {there} ({socket.gethostname()}), and the ranks would wait for each other; set it to the address of"
+            " the first machine, on all of them"
         )
-    place = Place(hardware, None, machines(environ), master)
-    return {setting.name: setting.value for setting in rank_environment(place, environ)}
+    return settings
 
 
 def planned(given: Mapping[str, str]) -> list[Setting]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from nodes import Nodes, insisted, missing, tag
+from tiny import Tiny
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +36,8 @@ def four(require, tmp_path_factory) -> Iterator[Nodes]:
         yield nodes.up()
     finally:
         nodes.down()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"))
