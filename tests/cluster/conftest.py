@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from nodes import Nodes, insisted, missing, tag
-from tiny import Tiny
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +35,3 @@ def four(require, tmp_path_factory) -> Iterator[Nodes]:
         yield nodes.up()
     finally:
         nodes.down()
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Tiny:
-    return Tiny(tmp_path_factory.mktemp("tiny"))
