@@ -44,9 +44,7 @@ def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = Fal
     if found:
         raise source.error(found)
     if (allocated := os.environ.get("SLURM_JOB_NUM_NODES", "1")) != "1":
-        local.say(
-            f"warning: this Slurm job has {allocated} machines, and only one trains; for all: bigtrain launch slurm, or srun before this"
-        )
+        local.say(f"warning: this Slurm job has {allocated} machines, and one trains; all do with bigtrain launch slurm, or under srun")
     ranks = hardware.ranks(source.config, here)
     chosen = source.config.launch.environment
     settings = environment.rank_environment(environment.Place(here, ranks, 1, None), {**os.environ, **chosen})
