@@ -56,6 +56,15 @@ def machines(environment: Mapping[str, str]) -> int | None:
     return _number(environment, ["CROSS_SIZE"] if "RANK" in environment else ["SLURM_STEP_NUM_NODES"])
 
 
+def ranks_here(environment: Mapping[str, str]) -> int | None:
+    """How many ranks a launcher has started on this machine, None where it does not say: torchrun's LOCAL_WORLD_SIZE, deepspeed's
+    LOCAL_SIZE, srun's SLURM_STEP_TASKS_PER_NODE (of `2(x3),1` the first)."""
+    if "RANK" in environment:
+        return _number(environment, ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+    first = re.match("[1-9][0-9]{0,3}", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(first[0]) if first else None
+
+
 def machine_number(environment: Mapping[str, str]) -> int | None:
     """Which of them this one is, None where nobody says. The first has rank 0."""
     return _number(environment, ["NODE_RANK", "GROUP_RANK", "CROSS_RANK"] if "RANK" in environment else ["SLURM_NODEID"])

@@ -6,6 +6,7 @@ srun while it still can, and `--dry-run` prints it. No pydantic and no torch: ag
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from bigtrain import opbuild
 from bigtrain.errors import UserError
 from bigtrain.hardware import HOST_MEMORY, Hardware
-from bigtrain.ranks import machine_number, machines
+from bigtrain.ranks import machine_number, machines, ranks_here
 from bigtrain_launch.network import interface, is_here, is_loopback, own_address
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -26,7 +27,7 @@ class Place:
 
     hardware: Hardware
     ranks: int | None
-    """Ranks on this machine; None where another launcher decides and has given each its cores."""
+    """Ranks that share the cores; None where that is not known."""
     machines: int | None
     """Machines of the run, None where that is not known."""
     towards: str | None
@@ -70,7 +71,10 @@ def joining(environ: Mapping[str, str], variables: Mapping[str, str], hardware: 
     tried = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "BIGTRAIN_AGENT" in environ
     if tried and master in LOOPBACK:
         count = 1
-    settings = {setting.name: setting.value for setting in rank_environment(Place(hardware, None, count, master), environ)}
+    ranks = ranks_here(environ)
+    if ranks and hardware.cores * ranks <= (os.cpu_count() or 1):
+        ranks = 1  # each has been given its own
+    settings = {setting.name: setting.value for setting in rank_environment(Place(hardware, ranks, count, master), environ)}
     number = 0 if variables["RANK"] == "0" else machine_number(environ)
     if master and not tried and number is not None and (number == 0) != is_here(master):
         there = "is this machine, but rank 0 runs on another" if number else "is another machine, but rank 0 runs on this one"

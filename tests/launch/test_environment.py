@@ -46,7 +46,14 @@ def test_more_ranks_than_cores_still_have_a_thread():
     assert values(Place(CPU, 9, 1, None))["OMP_NUM_THREADS"] == "1"
 
 
-def test_another_launcher_has_given_the_threads():
+def test_cores_are_shared_out_once(monkeypatch):
+    """srun may have bound each rank to some of them."""
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 14)
+    assert joining(variables, variables, CPU)["OMP_NUM_THREADS"] == "7"
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 13)
+    assert joining(variables, variables, CPU)["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in joining({**variables, "OMP_NUM_THREADS": "1"}, variables, CPU)  # as torchrun does
     assert "OMP_NUM_THREADS" not in values(Place(CPU, None, 1, None))
 
 
