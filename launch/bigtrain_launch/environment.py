@@ -72,8 +72,8 @@ def joining(environ: Mapping[str, str], variables: Mapping[str, str], hardware: 
     if tried and master in LOOPBACK:
         count = 1
     ranks = ranks_here(environ)
-    if ranks and hardware.cores * ranks <= (os.cpu_count() or 1):
-        ranks = 1  # each has been given its own
+    if ranks and hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) * ranks <= (os.cpu_count() or 1):
+        ranks = 1  # each has been bound to cores of its own; a quota, as containers have, is for all of them
     settings = {setting.name: setting.value for setting in rank_environment(Place(hardware, ranks, count, master), environ)}
     number = 0 if variables["RANK"] == "0" else machine_number(environ)
     if master and not tried and number is not None and (number == 0) != is_here(master):

@@ -49,6 +49,7 @@ def test_more_ranks_than_cores_still_have_a_thread():
 def test_cores_are_shared_out_once(monkeypatch):
     """srun may have bound each rank to some of them."""
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: range(7), raising=False)
     monkeypatch.setattr(environment.os, "cpu_count", lambda: 14)
     assert joining(variables, variables, CPU)["OMP_NUM_THREADS"] == "7"
     monkeypatch.setattr(environment.os, "cpu_count", lambda: 13)
