@@ -364,8 +364,8 @@ def test_the_command(kubectl, tmp_path, monkeypatch):
     (recorded,) = jobs.read(RunFolder("runs/one"))
     assert (recorded.kind, recorded.id, recorded.nodes) == ("kubernetes", "default/jobset/one-1", "2")
     assert "one-2" in CliRunner().invoke(app, [*command, "--dry-run"]).output
-    refused = CliRunner().invoke(app, [*command, "train.global_batch=7"])
-    assert refused.exit_code == 2 and "train.global_batch" in refused.output
+    refused = CliRunner().invoke(app, [*command, "train.accumulation=7"])
+    assert refused.exit_code == 2 and "train.global_batch: global_batch 16 is not" in refused.output
     (tmp_path / "bin/kubectl").unlink()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     missing = CliRunner().invoke(app, command)
