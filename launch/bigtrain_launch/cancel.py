@@ -39,6 +39,9 @@ def cancel(run: RunFolder, say: Say) -> None:
     if not active:
         say(f"nothing to cancel: {run.path}: {standing[-1][1] if standing else 'no job was started'}")
         return
+    if active[0][0].kind == "kubernetes" and not run.attempts():
+        say("ended; what it has saved is on its claim, and the same command goes on from there")
+        return
     saved = sorted(path.name for path in run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
     say(f"ended; the same command goes on from {saved[-1]}" if saved else "ended; there is no checkpoint in this folder")
 

@@ -59,6 +59,11 @@ class Job:
         return f"{self.launch.kubernetes.namespace}/{self.launch.kubernetes.kind}/{self.name}"
 
     @property
+    def python(self) -> str:
+        """The Python of the image."""
+        return f"{self.launch.venv.rstrip('/')}/bin/python" if self.launch.venv else "python3"
+
+    @property
     def pods(self) -> int:
         return self.launch.nodes + self.launch.spares
 
@@ -219,11 +224,10 @@ def _container(job: Job) -> Manifest:
     amounts = {name: amount for name, amount in (("cpu", settings.cpu), ("memory", settings.memory)) if amount}
     limits = {**devices, **({"memory": settings.memory} if settings.memory else {})}  # of cores, what is free may be used
     resources = {key: value for key, value in (("requests", {**devices, **amounts}), ("limits", limits)) if value}
-    python = f"{job.launch.venv}/bin/python" if job.launch.venv else "python3"
     container = {
         "name": CONTAINER,
         "image": job.launch.container.image,
-        "command": [_literal(python), "-m", "bigtrain", "launch", "pod", CONFIG],
+        "command": [_literal(job.python), "-m", "bigtrain", "launch", "pod", CONFIG],
         "workingDir": settings.workdir,
         "env": [*_environment(job)],
         "resources": resources,

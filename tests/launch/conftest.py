@@ -159,3 +159,17 @@ def bigtrain():
         return subprocess.run([sys.executable, "-m", "bigtrain", *argv], **options)
 
     return run
+
+
+@pytest.fixture
+def until():
+    """Wait until a function returns something, and return that."""
+
+    def wait(condition, seconds: float = 30.0):
+        end = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.01)
+        return found
+
+    return wait

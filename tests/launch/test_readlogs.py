@@ -9,7 +9,7 @@ import pytest
 
 from bigtrain.errors import UserError
 from bigtrain.runfolder import write_record
-from bigtrain_launch import readlogs
+from bigtrain_launch import jobs, readlogs
 
 END = {"ended": 1.0, "exit_code": 0}
 
@@ -96,3 +96,27 @@ def test_logs_into_a_pipe_that_closes(run, attempt, process):
     assert reader.stdout.readline() == "line\n"
     reader.stdout.close()
     assert reader.stderr.read() == "" and reader.wait() == -signal.SIGPIPE
+
+
+def test_logs_that_are_in_kubernetes(run, put, tool, tmp_path, bigtrain):
+    """Where the run's folder is not here, pod 0 is asked, or what it has printed."""
+    (tmp_path / "bin/printf").symlink_to("/usr/bin/printf")
+    tool("kubectl", f'case "$1" in get) cat {tmp_path}/pods;; *) printf "loss 1.0\\n\\033[2J"; [ ! -e {tmp_path}/broken ];; esac')
+    put(run, "kubernetes", "team/jobset/one-1", python="/opt/venv/bin/python", folder="runs/one")
+    (tmp_path / "pods").write_text("pod/one-1-node-0-0-x7k2p\n")
+    shown = bigtrain("logs", str(run.path), "-f", "--rank", "3", "--grep", "a b")
+    assert (shown.returncode, shown.stdout) == (0, "loss 1.0\n\033[2J\n"), shown.stderr
+    there = "--namespace=team pod/one-1-node-0-0-x7k2p -- /opt/venv/bin/python -m bigtrain logs runs/one"
+    assert tool.calls()[-1] == f"kubectl exec {there} --rank=3 --grep=a b --follow"
+    (tmp_path / "pods").write_text("")
+    assert bigtrain("logs", str(run.path)).stdout.startswith("loss 1.0\n")
+    selector = "--selector=bigtrain/job=one-1,batch.kubernetes.io/job-completion-index=0"
+    assert tool.calls()[-1] == f"kubectl logs --namespace=team {selector} --tail=-1"
+    with pytest.raises(UserError, match="pod 0 does not run: what it has printed is left"):
+        list(readlogs.from_pods(jobs.read(run)[-1], ["--rank=1"]))
+    (tmp_path / "broken").touch()
+    with pytest.raises(UserError, match="`kubectl logs .*` ended with exit code 1"):
+        list(readlogs.from_pods(jobs.read(run)[-1], []))
+    (tmp_path / "bin/kubectl").unlink()
+    with pytest.raises(UserError, match="the run's folder is in Kubernetes, and kubectl: not installed on this machine"):
+        list(readlogs.from_pods(jobs.read(run)[-1], []))
