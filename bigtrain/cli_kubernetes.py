@@ -8,7 +8,7 @@ import typer
 
 from bigtrain.cli_common import ConfigPath, DryRun, Overrides
 from bigtrain.cli_launch import check_batch, launch_app, settle, train_on
-from bigtrain.errors import DONE, BigtrainError
+from bigtrain.errors import DONE
 
 
 @launch_app.command("kubernetes")
@@ -54,12 +54,11 @@ def launch_pod(config: ConfigPath) -> None:
     check_batch(source, launch.nodes * ranks)
     if not jobs.find(run, "kubernetes", pod.id):
         jobs.record(run, "kubernetes", pod.id, nodes=len(nodes))
+
+    def train() -> int:
+        job = settle(source, config, None, new=False)
+        return train_on(cluster, nodes, launch.nodes, job, launch.environment) if job else DONE
+
     with Signals() as signals, Cluster(Pods(pod), signals, patience=PATIENCE_SECONDS) as cluster:
-        try:
-            job = settle(source, config, None, new=False)
-            code = train_on(cluster, nodes, launch.nodes, job, launch.environment) if job else DONE
-        except BigtrainError as error:
-            jobs.end(run, "kubernetes", pod.id, error.code)
-            raise
-        jobs.end(run, "kubernetes", pod.id, code)  # before the agents lose their launcher, and look
-    raise typer.Exit(code)
+        # The record is complete before the agents lose their launcher, and look into it.
+        raise typer.Exit(jobs.launch(run, "kubernetes", pod.id, train))

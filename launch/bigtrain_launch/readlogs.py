@@ -77,9 +77,7 @@ def from_pods(job: Job, options: Sequence[str]) -> Iterator[str]:
     elif set(options) <= {"--follow"}:
         argv = ["kubectl", "logs", *chosen, "--tail=-1"]
     else:
-        raise UserError(
-            "pod 0 is not running: what is left is what it printed (`bigtrain logs` without options); the logs are on the claim"
-        )
+        raise UserError("pod 0 does not run: what it has printed is left (`bigtrain logs` without options); the logs are on the claim")
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         yield from (line.rstrip("\n") for line in process.stdout)
     if process.returncode:

@@ -92,17 +92,37 @@ def test_cancelling_slurm_jobs(run, tool, tmp_path, monkeypatch, put):
     tool(
         "scancel",
         f"""case "$*" in
-        9) echo '8|RUNNING|None' > {queue};;
+        --state*9) echo '8|RUNNING|None' > {queue};;
         --batch*) echo '8|PENDING|BeginTime' > {queue};;
-        8) echo '8|CANCELLED|None' > {queue};;
+        --state*8) echo '8|CANCELLED|None' > {queue};;
     esac""",
     )
     put(run, "slurm", "8")
     put(run, "slurm", "9")
     said = cancelled(run)
-    assert [call for call in tool.calls() if "scancel" in call] == ["scancel 9", "scancel --batch --signal=TERM 8", "scancel 8"]
+    assert [call for call in tool.calls() if "scancel" in call] == [
+        "scancel --state=PENDING 9", "scancel --batch --signal=TERM 8", "scancel --state=PENDING 8",
+    ]  # fmt: skip
     assert said[0] == "took Slurm job 9 from the queue" and said[1].startswith("asked Slurm job 8 to save and end") and len(said) == 3
     assert jobs.is_cancelled(run, "slurm", "8") and cancelled(run) == [f"nothing to cancel: {run.path}: cancelled"]
+
+
+def test_cancelling_an_array(run, tool, tmp_path, monkeypatch, put):
+    """What of it runs is asked to save, what of it waits is taken from the queue."""
+    monkeypatch.setattr(cancel, "ASK_AGAIN_SECONDS", 0.01)
+    queue = tmp_path / "queue"
+    queue.write_text("8_1|RUNNING|None\n8_[2-4]|PENDING|Resources\n")
+    tool("squeue", f"cat {queue}")
+    tool(
+        "scancel",
+        f"""case "$*" in
+        --state*) echo '8_1|RUNNING|None' > {queue};;
+        --batch*) echo '8_1|FAILED|None' > {queue};;
+    esac""",
+    )
+    put(run, "slurm", "8")
+    cancelled(run)
+    assert [call for call in tool.calls() if "scancel" in call] == ["scancel --state=PENDING 8", "scancel --batch --signal=TERM 8"]
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,25 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from bigtrain import configfile
+from bigtrain.errors import StopRequested, UserError
 from bigtrain.runfolder import RunFolder, machine, process_start, write_record
 from bigtrain_launch import jobs, queues, tools
 from bigtrain_launch.tools import Unanswered, ask
 
 ROOT = Path(__file__).parents[2]
+
+
+def raising(error: BaseException):
+    def go():
+        raise error
+
+    return go
 
 
 # ---- Commands that answer anything ----
@@ -270,3 +279,33 @@ def test_the_table_shows_what_is_there(run, tool, attempt, put, bigtrain):
     refused = bigtrain("jobs", "runs", cwd=run.path.parents[1])
     assert refused.returncode == 2 and refused.stderr.startswith("bigtrain: runs: nothing was started here")
     assert bigtrain("jobs", cwd=run.path).stdout == "no runs under ./runs; give run folders\n"
+
+
+# ---- What a launcher does ----
+
+
+@pytest.mark.parametrize(
+    ("go", "code"),
+    [
+        (lambda: 0, 0),
+        (lambda: 75, 75),
+        (raising(UserError("no such file")), 2),
+        (raising(StopRequested("stopped")), 75),
+        (raising(ZeroDivisionError()), 1),
+        (raising(KeyboardInterrupt()), 1),
+    ],
+)
+def test_a_launcher_leaves_its_exit_code(run, put, go, code):
+    put(run, "kubernetes", "team/jobset/one-1")
+    put(run, "kubernetes", "team/jobset/one-2")
+    with suppress(UserError, StopRequested, ZeroDivisionError, KeyboardInterrupt):
+        assert jobs.launch(run, "kubernetes", "team/jobset/one-1", go) == code
+    assert jobs.find(run, "kubernetes", "team/jobset/one-1").facts["exit_code"] == code
+    assert "exit_code" not in jobs.find(run, "kubernetes", "team/jobset/one-2").facts
+    assert jobs.find(run, "kubernetes", "team/jobset/one-3") is None and jobs.find(run, "slurm", "team/jobset/one-1") is None
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "one").write_text("a file")
+    with pytest.raises(UserError, match=r"run.folder: .*/one/jobs cannot be written \(Not a directory\): slurm job 7 is not recorded"):
+        jobs.record(RunFolder(tmp_path / "one"), "slurm", "7")
