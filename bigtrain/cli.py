@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from bigtrain import cli_jobs
 from bigtrain.errors import BigtrainError, UserError
 
 
@@ -175,6 +176,9 @@ def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder
     from bigtrain_launch.diagnose import examine, show
 
     show(examine(run), Console(highlight=False))
+
+
+app.command()(cli_jobs.jobs)
 
 
 @config_app.command("show")
