@@ -157,7 +157,8 @@ def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder
     show(examine(run), Console(highlight=False))
 
 
-app.command()(cli_jobs.jobs)
+for command in (cli_jobs.jobs, cli_jobs.logs, cli_jobs.cancel):
+    app.command()(command)
 
 
 @config_app.command("show")

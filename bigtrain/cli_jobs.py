@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from bigtrain.screen import printable
 
 RunFolderPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 Runs = Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run folders; left out: all under ./runs.")]
@@ -30,3 +34,36 @@ def jobs(runs: Runs = None) -> None:
         show(rows, steps, Console(highlight=False))
     else:
         print("no runs under ./runs; give run folders")
+
+
+def logs(
+    run: RunFolderPath,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are written, over restarts, until the run ends.")] = False,
+    rank: Annotated[
+        list[int] | None, typer.Option(min=0, help="Whose log, several if given again; left out: rank 0's, with --grep all.")
+    ] = None,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Of which start of the run; left out: the newest.")] = None,
+    grep: Annotated[str | None, typer.Option(metavar="REGEX", help="Only lines in which this is found.")] = None,
+) -> None:
+    """What the ranks of a run have printed."""
+    from bigtrain_launch.jobs import open_run
+    from bigtrain_launch.readlogs import lines
+
+    for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C and `| head` end it without a word
+        signal.signal(number, signal.SIG_DFL)
+    sys.stdout.reconfigure(errors="replace")
+    shown = printable if sys.stdout.isatty() else str
+    for line in lines(open_run(run), rank, attempt, grep, follow, _say):
+        print(shown(line), flush=follow)
+
+
+def cancel(run: RunFolderPath) -> None:
+    """End a run wherever it was launched: it saves a checkpoint, and the same command goes on from there."""
+    from bigtrain_launch.cancel import cancel as end
+    from bigtrain_launch.jobs import open_run
+
+    end(open_run(run), _say)
+
+
+def _say(text: str) -> None:
+    print(f"bigtrain: {printable(text)}", file=sys.stderr, flush=True)

@@ -203,7 +203,7 @@ def _left(job: Job) -> State:
     if "ended" not in end:
         held = job.run.is_held(job.attempts[-1], time.time())
         return State("running", "started by another launcher", None) if held else State("killed")
-    return State(_WORDS.get(end.get("exit_code"), "failed"))
+    return State(next((word for code, word in _WORDS.items() if code == end.get("exit_code")), "failed"))
 
 
 def _age(seconds: float) -> str:

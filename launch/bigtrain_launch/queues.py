@@ -23,6 +23,7 @@ _SLURM_OVER = {
     *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "REVOKED"),
     "LAUNCH_FAILED",
 }
+_ROW = r"(?P<task>[0-9]+(_[0-9]+|_\[[0-9,%-]+\])?)\|(?P<state>[A-Z_]+)"
 _WORDS = {"PENDING": "waiting", "COMPLETED": "done"}
 
 
@@ -51,7 +52,9 @@ def slurm(ids: Sequence[str]) -> dict[str, State]:
     if not rest:
         return found
     try:
-        queued = _tasks(["squeue", "--noheader", "--states=all", f"--jobs={','.join(rest)}", "--format=%F|%i|%T|%r"])
+        queued = _tasks(
+            ["squeue", "--noheader", "--states=all", f"--jobs={','.join(rest)}", "--format=%i|%T|%r"], rf"{_ROW}\|(?P<reason>.*)"
+        )
     except Unanswered as error:
         if "invalid job id" not in str(error).lower():
             return found | {id: unknown(str(error)) for id in rest}
@@ -60,7 +63,8 @@ def slurm(ids: Sequence[str]) -> dict[str, State]:
     if not (rest := [id for id in rest if id not in found]):
         return found
     try:
-        past = _tasks(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(rest)}", "--format=JobID,State"])
+        options = ["--noheader", "--parsable2", "--allocations", f"--jobs={','.join(rest)}", "--format=JobID,State"]
+        past = _tasks(["sacct", *options], rf"{_ROW}( by [0-9]+)?")
     except Unanswered as error:
         return found | {id: State("ended", f"squeue no longer knows it; {error}") for id in rest}
     return found | {id: _together(tasks) if (tasks := _of(id, past)) else State("ended", "Slurm does not know it") for id in rest}
@@ -97,23 +101,18 @@ def _from_status(status: dict[str, Any]) -> State:
     return State("running", restarts, True) if ready else State("starting", restarts or "its pods are not ready", True)
 
 
-def _tasks(argv: Sequence[str]) -> list[tuple[str, ...]]:
-    """Lines of a Slurm table by their cells, the job's or task's number first. Raises Unanswered where they are none."""
+def _tasks(argv: Sequence[str], row: str) -> list[tuple[str, str, str]]:
+    """Task, state and reason from each line of a Slurm table that looks like `row`. Raises Unanswered where none of them does."""
     lines = [line for line in ask(argv).splitlines() if line.strip()]
-    tasks = [tuple(line.split("|")) for line in lines if re.match(r"[0-9]+[^|]*\|", line)]
-    if lines and not tasks:
+    rows = [found for line in lines if (found := re.fullmatch(row, line))]
+    if lines and not rows:
         raise Unanswered(f"{argv[0]}: no table of jobs, but {one_line(lines[0])[:60]!r}")
-    return tasks
+    return [(row["task"], row["state"], row.groupdict().get("reason", "")) for row in rows]
 
 
-def _of(id: str, tasks: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
-    """(state, reason) of a job: squeue's lines begin with the job's number, sacct's with the task's, 12_3."""
-    found = []
-    for task in tasks:
-        number, state, reason = (task[1:] if len(task) == 4 else (*task, "")[:3]) if len(task) in (2, 4) else ("", "", "")
-        if id in (number, number.partition("_")[0]):
-            found.append((state.split(" ")[0], reason))  # sacct: CANCELLED by 1000
-    return found
+def _of(id: str, tasks: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """(state, reason) of a job's tasks, or of a task."""
+    return [(state, reason) for task, state, reason in tasks if id in (task, task.partition("_")[0])]
 
 
 def _together(tasks: Sequence[tuple[str, str]]) -> State:

@@ -15,7 +15,11 @@ LONGEST_ANSWER = 1 << 24  # bytes; squeue tells of a job in a hundred
 
 
 class Unanswered(Exception):
-    """Why a command gave no answer, in a line."""
+    """Why a command gave no answer, in a line, and what it `told` before it failed."""
+
+    def __init__(self, why: str, told: str = ""):
+        super().__init__(why)
+        self.told = told
 
 
 def ask(argv: Sequence[str], text: str = "", seconds: float = ASK_SECONDS) -> str:
@@ -42,7 +46,7 @@ def ask(argv: Sequence[str], text: str = "", seconds: float = ASK_SECONDS) -> st
                 process.wait()
     if process.returncode:
         why = next((line for line in complained.splitlines() if line.strip()), f"exit code {process.returncode}")
-        raise Unanswered(f"{argv[0]}: {one_line(why)}")
+        raise Unanswered(f"{argv[0]}: {one_line(why)}", told)
     return told
 
 
