@@ -132,7 +132,7 @@ def _start(job: Job) -> list[str]:
     settings, container = job.launch, job.launch.container
     agent = f"{settings.venv}/bin/python" if settings.venv else "python3" if container else sys.executable
     launcher = sys.executable if container else agent
-    starter = [agent, "-m", "bigtrain_launch.agent"]
+    starter = [agent, "-m", "bigtrain_launch.slurmtask"]
     inside = []
     if container:
         mounts = ",".join([f"{job.workdir}:{job.workdir}", *container.mounts])
@@ -150,13 +150,11 @@ def _start(job: Job) -> list[str]:
     ]
 
 
-def environment(settings: Launch, shell: Mapping[str, str]) -> dict[str, str]:
+def environment(shell: Mapping[str, str], forward: Mapping[str, str]) -> dict[str, str]:
     """What sbatch, and with it the job, is given of the submitting shell's variables. With --export=NONE or a list of names, Slurm would
     start a login shell of the user's on a compute node to fill in the rest, and hold the job where that is slow; with all of
-    them, a stray RANK or CUDA_VISIBLE_DEVICES of this shell would reach the ranks. Raises UserError for a name that is not set."""
-    if unset := [name for name in settings.forward if name not in shell]:
-        raise UserError(f"launch.forward: {', '.join(unset)} is not set in this shell; set it, or take it out of the list")
-    return {name: value for name, value in shell.items() if KEPT.fullmatch(name) or name in settings.forward}
+    them, a stray RANK or CUDA_VISIBLE_DEVICES of this shell would reach the ranks."""
+    return {name: value for name, value in shell.items() if KEPT.fullmatch(name)} | dict(forward)
 
 
 def dependency(after: str) -> str:
