@@ -48,7 +48,7 @@ def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = Fal
         print(*environment.show(settings, chosen, []), sep="\n")
         return
     os.environ.update(opbuild.environment())
-    if (job := _settle(source, config, overrides, new)) is None:
+    if (job := settle(source, config, overrides, new)) is None:
         return
     opbuild.build(opbuild.needed(job.config, here.kind), print)
     variables = {setting.name: setting.value for setting in settings} | chosen
@@ -88,7 +88,7 @@ def launch_hosts(
         print(f"# each rank: python -m bigtrain {shlex.join(_arguments(config, overrides, None))}")
         print(*environment.show(environment.planned(launch.environment), launch.environment, launch.forward), sep="\n")
         return
-    if (job := _settle(source, config, overrides, new)) is None:
+    if (job := settle(source, config, overrides, new)) is None:
         return
     with Signals() as signals, Cluster(transport, signals) as cluster:
         raise typer.Exit(train_on(cluster, nodes, wanted, job, variables))
@@ -132,7 +132,7 @@ def forwarded(config: Config) -> dict[str, str]:
     return {name: os.environ[name] for name in config.launch.forward}
 
 
-def _settle(source: Source, config: Path, overrides: Sequence[str] | None, new: bool) -> Job | None:
+def settle(source: Source, config: Path, overrides: Sequence[str] | None, new: bool) -> Job | None:
     """Prepare the data, find out what there is to do, and make the run's folder; None, with a word about it, where all is done.
     A folder that cannot be had, and a run that another process trains, are known at once: rank 0 looks again later."""
     from bigtrain.start import complete, create, new_name, open_run, with_data
@@ -153,7 +153,6 @@ def _arguments(config: Path, overrides: Sequence[str] | None, name: str | None) 
 
 def _machines(source: Source, there: Sequence[Node], path: Path) -> tuple[list[Node], int]:
     """The machines to use, with the number of their ranks, and how many of them are no spares. Raises UserError."""
-    from bigtrain.config import batch_arithmetic
     from bigtrain_launch.cluster import Node
 
     launch = source.config.launch
@@ -170,8 +169,15 @@ def _machines(source: Source, there: Sequence[Node], path: Path) -> tuple[list[N
                 f"{path}: fewer slots than the {ranks} ranks that launch asks for on {', '.join(small)}; lower one, or raise the other"
             )
         chosen = [Node(node.name, ranks) for node in chosen]
+    check_batch(source, sum(node.ranks for node in chosen[:wanted]))
+    return chosen, wanted
+
+
+def check_batch(source: Source, ranks: int) -> None:
+    """Raise UserError where so many ranks cannot share the batch."""
+    from bigtrain.config import batch_arithmetic
+
     try:
-        batch_arithmetic(source.config.train, sum(node.ranks for node in chosen[:wanted]))
+        batch_arithmetic(source.config.train, ranks)
     except ValueError as error:
         raise source.error([("train.global_batch", str(error))]) from None
-    return chosen, wanted

@@ -24,6 +24,7 @@ from rich.text import Text
 from bigtrain.errors import BAD_NODE, DONE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE, UserError
 from bigtrain.runfolder import RunFolder, machine, process_start, read_json, write_record
 from bigtrain_launch import queues
+from bigtrain_launch.local import say
 from bigtrain_launch.queues import State, unknown
 from bigtrain_launch.tools import one_line
 
@@ -68,19 +69,37 @@ class Job:
 
 def record(run: RunFolder, kind: str, id: str, **facts: Any) -> None:
     """Write down that a job of `run` was started by this process, or handed to a scheduler. `nodes` is a number or the names.
-    Raises OSError."""
+    Raises UserError where the run's folder cannot be written."""
     now = {"kind": kind, "id": id, "host": socket.gethostname(), "command": shlex.join(sys.argv), "submitted": time.time()}
     if kind in HERE:
         now |= {"pid": os.getpid(), "start": process_start(os.getpid()), "machine": machine()}
-    run.jobs.mkdir(parents=True, exist_ok=True)
-    number = next_number(run)
-    while True:  # two launches never get the same number
+    try:
+        run.jobs.mkdir(parents=True, exist_ok=True)
+        number = next_number(run)
+        while True:  # two launches never get the same number
+            try:
+                _path(run, number).open("x").close()
+                break
+            except FileExistsError:
+                number += 1
+        write_record(_path(run, number), now | facts)
+    except OSError as error:
+        raise UserError(f"run.folder: {run.jobs} cannot be written ({error.strerror}): {kind} job {id} is not recorded") from None
+
+
+def end(run: RunFolder, kind: str, id: str, code: int) -> None:
+    """Write down that the launcher of a job has ended, with its exit code."""
+    if job := find(run, kind, id):
         try:
-            _path(run, number).open("x").close()
-            break
-        except FileExistsError:
-            number += 1
-    write_record(_path(run, number), now | facts)
+            write_record(job.path, job.facts | {"ended": time.time(), "exit_code": code})
+        except OSError as error:  # a record is not worth a run
+            say(f"warning: {job.path} not written: {error.strerror}")
+
+
+def find(run: RunFolder, kind: str, id: str) -> Job | None:
+    """A job by its id, without its attempts; the newest, where there are several."""
+    jobs = (_read(run, number) for number in reversed(_numbers(run)))
+    return next((job for job in jobs if (job.kind, job.id) == (kind, id)), None)
 
 
 def next_number(run: RunFolder) -> int:
@@ -93,9 +112,11 @@ def read(run: RunFolder) -> list[Job]:
     jobs = [_read(run, number) for number in _numbers(run)]
     begun: dict[int, list[int]] = {}
     for attempt in run.attempts():
-        started = read_json(run.record(attempt)).get("started")
+        begin = read_json(run.record(attempt))
+        started, named = begin.get("started"), begin.get("job")
         since = started + _SKEW_SECONDS if isinstance(started, (int, float)) else math.inf  # no record yet: the newest
-        owner = max((job.number for job in jobs if job.submitted <= since), default=0)
+        by_name = (job.number for job in jobs if job.kind == "slurm" and job.id == named)
+        owner = next(by_name, max((job.number for job in jobs if job.submitted <= since), default=0))
         begun.setdefault(owner, []).append(attempt)
     jobs = [replace(job, attempts=tuple(begun.get(job.number, ()))) for job in jobs]
     if not jobs and begun:
@@ -104,14 +125,20 @@ def read(run: RunFolder) -> list[Job]:
     return jobs
 
 
+def note(job: Job, **facts: Any) -> None:
+    """Add facts to the record of a job. Raises OSError."""
+    write_record(job.path, job.facts | facts)
+
+
 def mark_cancelled(job: Job) -> None:
     """Write down that somebody wants the job to end, and not to begin again. Raises OSError."""
-    write_record(job.path, job.facts | {"cancelled": time.time()})
+    note(job, cancelled=time.time())
 
 
 def is_cancelled(run: RunFolder, kind: str, id: str) -> bool:
     """Whether `bigtrain cancel` was asked to end this job: for a job that would otherwise begin again."""
-    return any(job.facts.get("cancelled") for job in read(run) if (job.kind, job.id) == (kind, id))
+    job = find(run, kind, id)
+    return job is not None and bool(job.facts.get("cancelled"))
 
 
 def states(jobs: Sequence[Job]) -> list[State]:
@@ -196,10 +223,10 @@ def _process(job: Job) -> State:
 
 
 def _left(job: Job) -> State:
-    """What the records of a job's newest attempt say of its end."""
-    if not job.attempts:
+    """What its record, or that of its newest attempt, says of the end of a job."""
+    if not job.attempts and "ended" not in job.facts:
         return State("failed", "before the run was opened")
-    end = read_json(job.run.record(job.attempts[-1]))
+    end = job.facts if "ended" in job.facts else read_json(job.run.record(job.attempts[-1]))
     if "ended" not in end:
         held = job.run.is_held(job.attempts[-1], time.time())
         return State("running", "started by another launcher", None) if held else State("killed")

@@ -159,7 +159,7 @@ def finish(run: RunFolder, place: Here, code: int, *, progress: bool, out: Seque
     a time limit in which nothing is done would come again and again. Or too few nodes are left; then without those that were left
     `out`, `restarts` times at most.
     """
-    job = next((job for job in jobs.read(run) if (job.kind, job.id) == ("slurm", place.id)), None)
+    job = jobs.find(run, "slurm", place.id)
     if code == STOPPED and not (job and job.facts.get("cancelled")):
         if progress or preempted(place.number):
             requeue(place.number, place.restarts)

@@ -9,7 +9,9 @@ import os
 import sys
 
 from bigtrain.errors import DONE, FAILURE, BigtrainError
-from bigtrain_launch import agent
+from bigtrain_launch.agent import JOIN_SECONDS, Agent, greeting
+from bigtrain_launch.listener import ADDRESS, TOKEN, join
+from bigtrain_launch.local import Signals
 from bigtrain_launch.requeue import watch_over
 
 WATCHERS = 3  # of the nodes of a start: one is enough, and may be lost at the same time
@@ -17,8 +19,11 @@ WATCH_SECONDS = 5.0
 
 
 def main() -> int:
-    silent = agent.serve()
-    if silent and int(os.environ.get("SLURM_NODEID", "0")) <= WATCHERS:
+    address, token = os.environ.pop(ADDRESS, ""), os.environ.pop(TOKEN, "")  # the ranks need neither
+    with Signals() as signals:
+        channel = join(address, token, greeting(), JOIN_SECONDS)
+        Agent(channel, signals).run()
+    if channel.silent and int(os.environ.get("SLURM_NODEID", "0")) <= WATCHERS:
         watch_over(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0), WATCH_SECONDS)
     return DONE
 
