@@ -171,3 +171,8 @@ def finish(run: RunFolder, place: Here, code: int, *, progress: bool, out: Seque
             if job:
                 jobs.note(job, without=[*before, fold(out)])  # first: Slurm ends this process soon after
             requeue(place.number, place.restarts, out)
+
+
+def checkpoints(run: RunFolder) -> set[str]:
+    """What there is to go on from: progress is something new here."""
+    return {path.parent.name for path in run.checkpoints.glob("step-*/manifest.json")}

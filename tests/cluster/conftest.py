@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from nodes import Nodes, insisted, missing, tag
+from slurmnodes import PROGRAMS, Slurm
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +36,14 @@ def four(require, tmp_path_factory) -> Iterator[Nodes]:
         yield nodes.up()
     finally:
         nodes.down()
+
+
+@pytest.fixture(scope="session")
+def slurm(require, tmp_path_factory) -> Iterator[Slurm]:
+    """A Slurm of four nodes for the whole test run. Sorted by name, n10 precedes n9."""
+    require(*PROGRAMS)
+    cluster = Slurm(["n8", "n9", "n10", "n11"], tmp_path_factory.mktemp("slurm"), tag("bigslurm"))
+    try:
+        yield cluster.up()
+    finally:
+        cluster.down()

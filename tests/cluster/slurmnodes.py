@@ -75,7 +75,13 @@ class Slurm(Nodes):
         (self.root / "munge.key").write_bytes(os.urandom(1024))
         (self.root / "munge.key").chmod(0o400)
         super().up()
-        files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "log/munged.log", "seed-file": "seed"}
+        files = {
+            "key-file": "munge.key",
+            "socket": "munge.sock",
+            "pid-file": "munged.pid",
+            "log-file": "log/munged.log",
+            "seed-file": "seed",
+        }
         self.on("head", "munged --force " + " ".join(f"--{option}={self.root}/{file}" for option, file in files.items()))
         self.on("head", "slurmctld -c")
         for name in self.compute:
