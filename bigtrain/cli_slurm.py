@@ -165,7 +165,8 @@ def slurm_job(
     launch, restarts = source.config.launch, source.config.restarts
     place = slurmjob.here(os.environ, launch)
     variables = forwarded(source.config) | launch.environment
-    nodes = [Node(name, hardware.ranks(source.config, hardware.look())) for name in place.nodes]
+    ranks = launch.ranks_per_node or launch.gpus_per_node or hardware.ranks(source.config, hardware.look())
+    nodes = [Node(name, ranks) for name in place.nodes]
     wanted = min(launch.nodes, len(nodes))
     check_batch(source, sum(node.ranks for node in nodes[:wanted]))
     pool = machines(nodes, wanted, source.config)
@@ -178,6 +179,8 @@ def slurm_job(
             if before and (given_up := decide(before, restarts)).code is not None:
                 say(f"giving up after {place.restarts} requeues: {given_up.why}")
                 raise typer.Exit(given_up.code)
+            if place.restarts:
+                say(f"job {place.id} begins again, requeue {place.restarts}; {len(before)} of {restarts.max} restarts are used up")
             with Cluster(slurmjob.Srun(starter, place.nodes), signals) as cluster:
                 code = train_on(cluster, pool, job, variables, before)
         except StopRequested as error:

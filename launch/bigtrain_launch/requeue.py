@@ -4,6 +4,7 @@ Standard library only."""
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,8 +56,10 @@ def requeue(job: str, restarts: int, without: Sequence[str] = ()) -> bool:
     """Have a job, which was begun again `restarts` times before, begin again, on other nodes than `without`; whether it is going to.
 
     Once at most, whoever else asks for it: Slurm itself does so when it preempts a job or loses a node. A job that was cancelled,
-    or has reached its time limit, is left alone. Slurm sends SIGTERM to the caller at once, and SIGKILL soon.
+    or has reached its time limit, is left alone. Slurm sends SIGTERM to the caller at once, and SIGKILL soon; from here on the caller,
+    and what it asks Slurm with, ignores the first.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         before = standing(job)
         if before.restarts == restarts:

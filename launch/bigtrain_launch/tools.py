@@ -23,8 +23,9 @@ class Unanswered(Exception):
 
 
 def ask(argv: Sequence[str], text: str = "", seconds: float = ASK_SECONDS, environment: Mapping[str, str] | None = None) -> str:
-    """What a command prints when it is given `text`; `environment`, where it is given, is all that it has. Raises Unanswered where it is missing, fails, has not ended after
-    `seconds`, or never stops talking."""
+    """What a command prints when it is given `text`, with `environment` in place of this process's own.
+
+    Raises Unanswered where it is missing, fails, has not ended after `seconds`, or never stops talking."""
     with tempfile.TemporaryFile() as given:
         given.write(text.encode())
         given.seek(0)

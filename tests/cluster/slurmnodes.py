@@ -128,4 +128,4 @@ class Slurm(Nodes):
         while not true():
             if time.monotonic() > end:
                 raise TimeoutError(tell())
-            time.sleep(0.1)
+            time.sleep(0.2)
