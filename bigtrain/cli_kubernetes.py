@@ -7,7 +7,7 @@ import os
 import typer
 
 from bigtrain.cli_common import ConfigPath, DryRun, Overrides
-from bigtrain.cli_launch import check_batch, launch_app, settle, train_on
+from bigtrain.cli_launch import check_batch, launch_app, machines, settle, train_on
 from bigtrain.errors import DONE
 
 
@@ -57,7 +57,7 @@ def launch_pod(config: ConfigPath) -> None:
 
     def train() -> int:
         job = settle(source, config, None, new=False)
-        return train_on(cluster, nodes, launch.nodes, job, launch.environment) if job else DONE
+        return train_on(cluster, machines(nodes, launch.nodes, job.config), job, launch.environment) if job else DONE
 
     with Signals() as signals, Cluster(Pods(pod), signals, patience=PATIENCE_SECONDS) as cluster:
         # The record is complete before the agents lose their launcher, and look into it.

@@ -103,7 +103,7 @@ def launch(run: RunFolder, kind: str, id: str, go: Callable[[], int]) -> int:
 def _end(run: RunFolder, kind: str, id: str, code: int) -> None:
     if job := find(run, kind, id):
         try:
-            write_record(job.path, job.facts | {"ended": time.time(), "exit_code": code})
+            note(job, ended=time.time(), exit_code=code)
         except OSError as error:  # a record is not worth a run
             say(f"warning: {job.path} not written: {error.strerror}")
 
@@ -124,9 +124,11 @@ def read(run: RunFolder) -> list[Job]:
     jobs = [_read(run, number) for number in _numbers(run)]
     begun: dict[int, list[int]] = {}
     for attempt in run.attempts():
-        started = read_json(run.record(attempt)).get("started")
+        begin = read_json(run.record(attempt))
+        started, named = begin.get("started"), begin.get("job")
         since = started + _SKEW_SECONDS if isinstance(started, (int, float)) else math.inf  # no record yet: the newest
-        owner = max((job.number for job in jobs if job.submitted <= since), default=0)
+        by_name = (job.number for job in jobs if job.kind == "slurm" and job.id == named)
+        owner = next(by_name, max((job.number for job in jobs if job.submitted <= since), default=0))
         begun.setdefault(owner, []).append(attempt)
     jobs = [replace(job, attempts=tuple(begun.get(job.number, ()))) for job in jobs]
     if not jobs and begun:
@@ -135,9 +137,14 @@ def read(run: RunFolder) -> list[Job]:
     return jobs
 
 
+def note(job: Job, **facts: Any) -> None:
+    """Add facts to the record of a job. Raises OSError."""
+    write_record(job.path, job.facts | facts)
+
+
 def mark_cancelled(job: Job) -> None:
     """Write down that somebody wants the job to end, and not to begin again. Raises OSError."""
-    write_record(job.path, job.facts | {"cancelled": time.time()})
+    note(job, cancelled=time.time())
 
 
 def is_cancelled(run: RunFolder, kind: str, id: str) -> bool:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ASK_SECONDS = 10.0
 LONGEST_ANSWER = 1 << 24  # bytes; squeue tells of a job in a hundred
@@ -22,14 +22,17 @@ class Unanswered(Exception):
         self.told = told
 
 
-def ask(argv: Sequence[str], text: str = "", seconds: float = ASK_SECONDS) -> str:
-    """What a command prints when it is given `text`. Raises Unanswered where it is missing, fails, has not ended after
-    `seconds`, or never stops talking."""
+def ask(argv: Sequence[str], text: str = "", seconds: float = ASK_SECONDS, environment: Mapping[str, str] | None = None) -> str:
+    """What a command prints when it is given `text`, with `environment` in place of this process's own.
+
+    Raises Unanswered where it is missing, fails, has not ended after `seconds`, or never stops talking."""
     with tempfile.TemporaryFile() as given:
         given.write(text.encode())
         given.seek(0)
         try:
-            process = subprocess.Popen(argv, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+            process = subprocess.Popen(
+                argv, stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, start_new_session=True
+            )
         except OSError as error:
             why = "not installed on this machine" if isinstance(error, FileNotFoundError) else error.strerror
             raise Unanswered(f"{argv[0]}: {why}") from None

@@ -55,6 +55,14 @@ def test_a_command_without_an_answer(tool, monkeypatch, script, why):
     assert time.monotonic() - before < 5 and (refused.value.told == "made/it\n") is ("made" in script)
 
 
+def test_what_a_command_without_an_answer_has_started_is_ended_too(tool, tmp_path, until):
+    tool("say", f"sleep 60 & echo $! > {tmp_path}/child; wait")
+    with pytest.raises(Unanswered):
+        ask(["say"], seconds=0.5)
+    child = int((tmp_path / "child").read_text())
+    until(lambda: process_start(child) is None)
+
+
 def test_a_command_that_is_not_there_or_no_program(tool, tmp_path):
     with pytest.raises(Unanswered, match="^squeue: not installed on this machine$"):
         ask(["squeue"])
