@@ -210,7 +210,7 @@ def test_slurm_jobs(tool):
     ],
 )  # fmt: skip
 def test_slurm_that_is_missing_or_mad(tool, monkeypatch, squeue, sacct, state):
-    monkeypatch.setattr(queues.ask, "__defaults__", ("", 1.0))
+    monkeypatch.setattr(queues, "ASK_SECONDS", 1.0)
     for name, script in (("squeue", squeue), ("sacct", sacct)):
         if script is not None:
             tool(name, script)
