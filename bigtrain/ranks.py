@@ -47,6 +47,12 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
     return found
 
 
+def slurm_job(environment: Mapping[str, str]) -> str | None:
+    """The Slurm job that this process belongs to, of an array 12_3; None outside of one."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+
+
 def machines(environment: Mapping[str, str]) -> int | None:
     """How many machines a launcher has started ranks on, None where it does not say. torchrun and bigtrain's own launcher set
     LOCAL_WORLD_SIZE, the deepspeed launcher CROSS_SIZE, srun SLURM_STEP_NUM_NODES."""
