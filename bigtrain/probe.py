@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import socket
 import statistics
 import threading
 import time
@@ -144,6 +145,8 @@ def _read(arguments: list[str]) -> dict[str, Any]:
 def _meet(answer: Answer, rank: int, size: int, host: str, port: int) -> dist.Store | None:
     """The store on rank 0 where all ranks have shown up; None where some have not, and all that have tell which."""
     patience = timedelta(seconds=answer.left * 0.6)
+    if rank:
+        _knock(host, port, patience.total_seconds())
     store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=patience, wait_for_workers=False)
     store.set(f"here/{rank}", "")
     if rank == 0:
@@ -163,6 +166,19 @@ def _meet(answer: Answer, rank: int, size: int, host: str, port: int) -> dist.St
         return None
     store.set_timeout(timedelta(seconds=answer.left))
     return store
+
+
+def _knock(host: str, port: int, seconds: float) -> None:
+    """Wait until rank 0 listens; the store's own client says less, and tries for more than twice as long as it is told to."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, until - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise RunError(f"rank 0 was not reached at {host}:{port} in {seconds:.0f} s: {error}") from None
+        time.sleep(0.1)
 
 
 def matmul(device: torch.device) -> dict[str, Any]:
