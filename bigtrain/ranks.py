@@ -45,3 +45,13 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
     if not 0 < int(found["MASTER_PORT"]) < 1 << 16:
         raise UserError(f"MASTER_PORT: {found['MASTER_PORT']} is no port; give one from 1024 to 65535, the same to every rank")
     return found
+
+
+def machines(environment: Mapping[str, str]) -> int | None:
+    """How many machines a launcher has started ranks on, None where it does not say. torchrun and bigtrain's own launcher set
+    LOCAL_WORLD_SIZE, the deepspeed launcher CROSS_SIZE, srun SLURM_STEP_NUM_NODES."""
+    world, local = environment.get("WORLD_SIZE", ""), environment.get("LOCAL_WORLD_SIZE", "")
+    if world.isdigit() and local.isdigit() and int(local):
+        return -(-int(world) // int(local))
+    said = environment.get("CROSS_SIZE" if "RANK" in environment else "SLURM_STEP_NUM_NODES", "")
+    return int(said) if said.isdigit() else None

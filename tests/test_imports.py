@@ -38,6 +38,9 @@ LAUNCH_MAY_USE = {
     "bigtrain.errors",
     "bigtrain.config",
     "bigtrain.configlaunch",
+    "bigtrain.hardware",
+    "bigtrain.opbuild",
+    "bigtrain.ranks",
     "bigtrain.runfolder",
     "bigtrain_launch",
 }

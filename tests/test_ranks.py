@@ -3,7 +3,7 @@
 import pytest
 
 from bigtrain.errors import UserError
-from bigtrain.ranks import launched
+from bigtrain.ranks import launched, machines
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501", "LOCAL_WORLD_SIZE": "4"}
@@ -55,3 +55,12 @@ def test_a_missing_address_is_left_empty_for_the_world_to_refuse():
 def test_what_is_no_rank_is_named(changed, named):
     with pytest.raises(UserError, match=named):
         launched({**TORCHRUN, **changed})
+
+
+def test_how_many_machines():
+    assert [machines(e) for e in (TORCHRUN, DEEPSPEED, {**DEEPSPEED, "LOCAL_WORLD_SIZE": ""})] == [2, 2, 2]
+    assert machines({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}) == 1
+    assert machines({**TORCHRUN, "WORLD_SIZE": "9"}) == 3
+    assert machines({**SRUN, "SLURM_STEP_NUM_NODES": "2"}) == 2
+    assert machines({**SRUN, "SLURM_STEP_NUM_NODES": "2", "RANK": "0", "WORLD_SIZE": "1"}) is None  # by hand, inside a step
+    assert machines({}) is None

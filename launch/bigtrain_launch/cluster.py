@@ -6,27 +6,25 @@ machines, at the same paths, and agents work in its working directory.
 
 from __future__ import annotations
 
-import os
+import json
 import secrets
 import selectors
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bigtrain.errors import BAD_NODE, StopRequested, UserError
-from bigtrain_launch.channel import PROTOCOL, Channel, Message
-from bigtrain_launch.local import End, Exit, Signals, say, watch
+from bigtrain.errors import BAD_NODE, DONE, StopRequested, UserError
+from bigtrain_launch.channel import PROTOCOL, Channel, Message, one_line
+from bigtrain_launch.local import GRACE_SECONDS, End, Signals, say, watch
+from bigtrain_launch.remote import POLL_SECONDS, Meeting, Remote
 
 CONNECT_SECONDS = 30.0
 """For an agent to answer after it was started; with a scheduler that starts it, and a cold disk, this is little."""
 ANSWER_SECONDS = 20.0  # for a question to an agent
-KILL_SECONDS = 5.0  # for an agent to confirm that its ranks are dead
 TAIL_BYTES = 1 << 13  # of what a rank printed, kept in case that it fails
 ANSWER_BYTES = 1 << 20  # the same for a rank that answers in JSON
-POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -113,36 +111,165 @@ class Cluster:
         argv: Sequence[str],
         environment: Mapping[str, str],
         *,
-        defaults: Mapping[str, str] | None = None,
         run: str = "",
         port: int | None = None,
     ) -> End:
         """Run `python -m bigtrain *argv` as ranks on connected machines, rank 0 on the first, and return how they ended.
 
-        environment: variables of the ranks. defaults: the same, where a machine does not set them itself. run: folder of the run;
-        what an earlier start of it has left on the machines is ended first. port: where the ranks meet, on the first machine; left
-        out, a free one. Signals, time limits and exit codes are as in local.launch. Raises UserError when the port is taken.
+        environment: variables of the ranks, on top of a machine's own; environment.py adds to both. run: folder of the run; what
+        an earlier start of it has left on the machines is ended first. port: where the ranks meet, on the first machine; left out,
+        a free one. Signals, time limits and exit codes are as in local.launch. Raises UserError when the port is taken.
         """
-        meeting = self._meet(nodes, port)
-        if isinstance(meeting, End):
-            return meeting
-        ranks = _Remote(self, nodes, shown=True)
-        ranks.start(["-m", "bigtrain", *argv], environment, defaults or {}, meeting, run, TAIL_BYTES)
-        try:
-            end = watch(ranks, self.signals)
-        finally:
-            ranks.kill()
-        if ranks.refused:
-            name, why = next(iter(ranks.refused.items()))
-            return replace(end, host=name, suspects=tuple(ranks.refused), reason=f"{name}: {why}")
-        return end
+        meeting, apart = self._meet(nodes, port)
+        if apart:
+            for why in apart.values():
+                say(why)
+            return End(BAD_NODE, suspects=tuple(apart), gone=tuple(apart), reason="; ".join(apart.values()))
+        with Remote(self, nodes, show_first=True) as ranks:
+            ranks.start(["-m", "bigtrain", *argv], environment, meeting, run, TAIL_BYTES)
+            return watch(ranks, self.signals)
+
+    def run(self, nodes: Sequence[Node], argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+        """Run `python -m bigtrain *argv` once on each of these connected machines. Returns those where it failed, and what was the
+        matter, in a line each."""
+        failed = {}
+        alone = {node.name: Meeting("127.0.0.1", 0, None) for node in nodes}
+        with Remote(self, [Node(node.name, 1) for node in nodes], show_first=False) as ranks:
+            ranks.start(["-m", "bigtrain", *argv], environment, alone, "", TAIL_BYTES)
+            while ranks.running:
+                for one in ranks.ended(POLL_SECONDS):
+                    if one.code != DONE:
+                        failed[one.host] = one.gone or f"`bigtrain {argv[0]}` failed there: {one_line(one.tail)}"
+                self._heed_signals()
+        return failed
 
     def gather(
         self, nodes: Sequence[Node], module: str, argv: Sequence[str], environment: Mapping[str, str], seconds: float
     ) -> dict[int, dict[str, Any]]:
         """Run `python -m MODULE *argv` as ranks, as `attempt` does, and return the JSON object that each printed last, by rank.
-        Who did not answer in time, or is on a machine that is gone or does not reach the first, is missing."""
+
+        Missing is who did not end well in time; after a failure the others have GRACE_SECONDS. Empty when machines do not reach
+        the first: `apart` says which.
+        """
+        meeting, apart = self._meet(nodes, None)
+        if apart:
+            return {}
+        answers: dict[int, dict[str, Any]] = {}
+        until = time.monotonic() + seconds
+        with Remote(self, nodes, show_first=False) as ranks:
+            ranks.start(["-m", module, *argv], environment, meeting, "", ANSWER_BYTES)
+            while ranks.running and time.monotonic() < until:
+                for one in ranks.ended(POLL_SECONDS):
+                    if one.code == DONE and (answer := _last_object(one.tail)) is not None:
+                        answers[one.rank] = answer
+                    else:
+                        until = min(until, time.monotonic() + GRACE_SECONDS)
+                self._heed_signals()
+        return answers
+
+    def apart(self, nodes: Sequence[Node]) -> dict[str, str]:
+        """Machines that do not reach the first of these connected ones over the network, and why, in a line each. Where none of
+        several does, it is the first that is named."""
+        return self._meet(nodes, None)[1]
 
     def facts(self, nodes: Sequence[Node], asked: Mapping[str, Any], seconds: float = ANSWER_SECONDS) -> dict[str, dict[str, Any]]:
         """What the agents find out about their machines (facts.py), by name, with `clock`: how many seconds theirs is ahead of
         ours, to within `round_trip`. Who did not answer in time is missing."""
+        names = [node.name for node in nodes]
+        clocks = self._ask(names, "time", ANSWER_SECONDS)
+        answers = self._ask(names, "facts", seconds, asked=dict(asked))
+        return {name: {**answer["facts"], **_clock(clocks.get(name))} for name, answer in answers.items() if "facts" in answer}
+
+    def poll(self, seconds: float) -> list[tuple[str, Message]]:
+        """Messages that have come from the agents, waited for at most so long. Who is gone is dropped."""
+        self._selector.select(seconds)
+        messages = []
+        for name, channel in list(self._channels.items()):
+            for message in channel.receive():
+                if message["kind"] == "signalled":  # a scheduler has told the agent instead of us
+                    self.signals.add(int(message["number"]))
+                else:
+                    messages.append((name, {**message, "arrived": time.time()}))
+            if channel.lost:
+                self.drop(name, channel.lost)
+        return messages
+
+    def send(self, name: str, kind: str, **facts: Any) -> None:
+        """Tell a machine's agent something; one that is gone is told nothing."""
+        if name in self._channels:
+            self._channels[name].send(kind, **facts)
+
+    def lost(self, name: str) -> str | None:
+        """Why a machine is not connected any more, None where it is."""
+        return None if name in self._channels else self._lost.get(name, "it was never there")
+
+    def drop(self, name: str, why: str) -> None:
+        """Part with a machine: its agent kills its ranks, and ends."""
+        channel = self._channels.pop(name)
+        self._selector.unregister(channel)
+        channel.close()
+        self._lost[name] = why
+
+    def _add(self, name: str, greeting: Message, channel: Channel) -> None:
+        self._channels[name], self._greetings[name] = channel, greeting
+        self._selector.register(channel, selectors.EVENT_READ)
+
+    def _ask(self, names: Sequence[str], kind: str, seconds: float, **facts: Any) -> dict[str, Message]:
+        """Ask machines something, and return their answers; who did not answer in time is missing."""
+        token, until, sent = secrets.token_hex(8), time.monotonic() + seconds, time.time()
+        for name in names:
+            self.send(name, kind, token=token, **facts)
+        answers: dict[str, Message] = {}
+        while time.monotonic() < until and any(name in self._channels for name in names if name not in answers):
+            answers |= {name: {**m, "sent": sent} for name, m in self.poll(POLL_SECONDS) if m.get("token") == token}
+            self._heed_signals()
+        return answers
+
+    def _meet(self, nodes: Sequence[Node], port: int | None) -> tuple[dict[str, Meeting], dict[str, str]]:
+        """Agree on where the ranks meet, by trying it out: (by machine the way there; who does not get there, and why)."""
+        first, *others = [node.name for node in nodes]
+        opened = self._ask([first], "open", ANSWER_SECONDS, port=port).get(first)
+        if opened is None:
+            return {}, {first: f"{first} is gone: {self.lost(first) or 'its agent does not answer'}"}
+        if "problem" in opened:
+            raise UserError(f"launch.port: {opened['problem']} on {first}; choose another, or leave it out and a free one is taken")
+        place = {"port": opened["port"], "nonce": opened["nonce"], "addresses": list(dict.fromkeys([first, *opened["addresses"]]))}
+        answers = self._ask(others, "knock", ANSWER_SECONDS, **place) if others else {}
+        visitor = self._ask([first], "met", ANSWER_SECONDS).get(first, {}).get("visitor")
+        apart = {}
+        for name in others:
+            if "address" not in (answer := answers.get(name, {})):
+                why = answer.get("problem") or self.lost(name) or "its agent does not answer"
+                apart[name] = f"{name} does not reach {first}, where rank 0 is to be: {why}"
+        if len(apart) == len(others) > 1:
+            apart = {first: f"no machine reaches {first}, where rank 0 is to be: {next(iter(apart.values())).partition(': ')[2]}"}
+        ways = {name: answer["address"] for name, answer in answers.items() if "address" in answer}
+        meeting = {name: Meeting(address, opened["port"], address) for name, address in ways.items()}
+        return {first: Meeting(next(iter(ways.values()), "127.0.0.1"), opened["port"], visitor), **meeting}, apart
+
+    def _heed_signals(self) -> None:
+        if any(True for _ in self.signals.take()):
+            raise StopRequested("stopped on request while no rank was running; the same command goes on")
+
+
+def _clock(answer: Message | None) -> dict[str, float]:
+    if answer is None or "time" not in answer:
+        return {}
+    return {"clock": answer["time"] - (answer["sent"] + answer["arrived"]) / 2, "round_trip": answer["arrived"] - answer["sent"]}
+
+
+def _last_object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text.strip().splitlines()[-1])
+    except (IndexError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _to_screen(text: str) -> None:
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    except OSError:  # nobody reads: not worth a run
+        pass

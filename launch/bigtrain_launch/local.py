@@ -34,7 +34,7 @@ class Exit(NamedTuple):
     host: str | None = None
     """Its machine, where there are several."""
     gone: str | None = None
-    """That machine is gone, and this is how it showed."""
+    """That machine is lost to the run, and why: a sentence that names it."""
     tail: str = ""
     """The last that it printed, where that was not shown."""
 
@@ -54,9 +54,9 @@ class End:
     host: str | None = None
     """The machine of that rank, where there are several."""
     suspects: tuple[str, ...] = ()
-    """Machines to blame: those that are gone, else the one of the rank that failed first."""
+    """Machines to blame: those that are gone, else that of the rank that failed first."""
     gone: tuple[str, ...] = ()
-    """Machines that do not answer any more."""
+    """Machines that are lost to the run."""
     reason: str | None = None
     """Why, where no rank can say it."""
 
@@ -93,7 +93,7 @@ def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Ma
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port() if port is None else checked_port(port)),
     }
-    shared.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
+    shared.setdefault("OMP_NUM_THREADS", str(threads or max(1, cores() // ranks)))
     environments = {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)}
     with Signals() as signals, Processes(["-m", "bigtrain", *argv], environments) as processes:
         return watch(processes, signals)
@@ -232,7 +232,8 @@ def outcome(exits: Sequence[Exit], asked: bool) -> End:
     end = End(max(first.code, FAILURE), first.rank, max(0, -first.code) or None, asked, first.host, suspects, gone)
     who = f"rank {first.rank} on {first.host}" if first.host else f"rank {first.rank}"
     if first.gone:
-        end = replace(end, killed_by=None, reason=f"{first.host} is gone ({first.gone})")
+        say(first.gone)
+        end = replace(end, killed_by=None, reason=first.gone)
     elif first.code < 0:
         say(f"{who} {killed_by(-first.code)}")
     elif first.code != STOPPED and (first.tail or (first.code != HANG and first.rank != 0)):
@@ -263,6 +264,10 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def add(self, number: int) -> None:
+        """Take a signal that has reached this run elsewhere for one that has arrived here."""
+        self._arrived.append(number)
+
     def take(self) -> Iterator[int]:
         """Signals since the last call. A hang-up asks the ranks to stop as SIGTERM does."""
         while self._arrived:
@@ -285,7 +290,8 @@ def die_with_parent() -> Callable[[], None] | None:
     return ask
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -53,7 +53,7 @@ def test_environment_of_the_ranks(ranks, tmp_path, monkeypatch):
 
 def test_threads_are_shared_out_unless_the_user_chose(ranks, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(local, "_cores", lambda: 7)
+    monkeypatch.setattr(local, "cores", lambda: 7)
     ranks(WRITE_ENVIRONMENT, 2)
     assert json.loads((tmp_path / "1.json").read_text())[1]["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "9")

@@ -1,0 +1,177 @@
+"""`bigtrain launch ...`: one config on one machine or on many, with the same steps before the ranks start."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bigtrain.cli_common import SETTINGS, ConfigPath, DryRun, New, Overrides, prepare, require_torch
+from bigtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from bigtrain.config import Config
+    from bigtrain.configfile import Source
+    from bigtrain.runfolder import RunFolder
+    from bigtrain_launch.cluster import Cluster, Node
+
+launch_app = typer.Typer(help="Train on this machine, on a list of hosts, under Slurm or Kubernetes.", **SETTINGS)
+
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", help="Machines, a line `NAME slots=N` each; left out: launch.hostfile of the config.")
+]
+
+
+@launch_app.command("local")
+def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = False, dry_run: DryRun = False) -> None:
+    """Train on this machine, or go on with a run that was stopped; `bigtrain train` does the same."""
+    from bigtrain import configfile, hardware, opbuild
+    from bigtrain_launch import environment, local
+    from bigtrain_launch.supervise import supervise
+
+    require_torch()
+    source = configfile.read(config, overrides or [])
+    here = hardware.look()
+    if found := hardware.problems(source.config, here):
+        raise source.error(found)
+    ranks = hardware.ranks(source.config, here)
+    chosen = source.config.launch.environment
+    settings = environment.rank_environment(environment.Place(here, ranks, 1, None), {**os.environ, **chosen})
+    if dry_run:
+        print(f"{ranks} x {shlex.join([sys.executable, '-m', 'bigtrain', *_arguments(config, overrides, None)])}")
+        print(*environment.show(settings, chosen, []), sep="\n")
+        return
+    os.environ.update(opbuild.environment())
+    if (job := _settle(source, config, overrides, new)) is None:
+        return
+    opbuild.build(opbuild.needed(job.config, here.kind), print)
+    variables = {setting.name: setting.value for setting in settings} | chosen
+    port, threads = job.config.launch.port, max(1, here.cores // ranks)
+
+    def start(own: Mapping[str, str]) -> local.End:
+        return local.launch(job.argv, ranks, port=port, environment={**variables, **own}, threads=threads)
+
+    with local.Signals() as signals:
+        raise typer.Exit(supervise(start, job.run, job.config, signals))
+
+
+@launch_app.command("hosts")
+def launch_hosts(
+    config: ConfigPath, overrides: Overrides = None, hostfile: Hostfile = None, new: New = False, dry_run: DryRun = False
+) -> None:
+    """Train on machines that ssh reaches. They see this folder, the data and the run's folder at the same paths."""
+    from bigtrain import configfile
+    from bigtrain_launch import environment
+    from bigtrain_launch.cluster import Cluster
+    from bigtrain_launch.hosts import Hosts, read_hostfile
+    from bigtrain_launch.local import Signals
+
+    source = configfile.read(config, overrides or [])
+    launch = source.config.launch
+    if (path := hostfile or (Path(launch.hostfile) if launch.hostfile else None)) is None:
+        raise UserError(
+            f"launch.hostfile: not set in {config}; name a file with a line `NAME slots=N` for each machine, or pass --hostfile"
+        )
+    nodes, wanted = _machines(source, read_hostfile(path), path)
+    variables = forwarded(source.config) | launch.environment
+    transport = Hosts(f"{launch.venv.rstrip('/')}/bin/python" if launch.venv else sys.executable)
+    if dry_run:
+        for number, node in enumerate(nodes):
+            print(f"# {node.name}: {f'{node.ranks} ranks' if number < wanted else 'spare'}")
+            print(shlex.join(transport.command(node.name)))
+        print(f"# each rank: python -m bigtrain {shlex.join(_arguments(config, overrides, None))}")
+        print(*environment.show(environment.planned(launch.environment), launch.environment, launch.forward), sep="\n")
+        return
+    if (job := _settle(source, config, overrides, new)) is None:
+        return
+    with Signals() as signals, Cluster(transport, signals) as cluster:
+        raise typer.Exit(train_on(cluster, nodes, wanted, job, variables))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to be started."""
+
+    config: Config
+    run: RunFolder
+    argv: list[str]
+    """Arguments of `bigtrain` for its ranks."""
+
+
+def train_on(cluster: Cluster, nodes: Sequence[Node], wanted: int, job: Job, variables: Mapping[str, str]) -> int:
+    """Train on `wanted` of these machines, the others being spares, and return the exit code. `variables`: for the ranks."""
+    from bigtrain_launch.pool import Pool, start_on
+    from bigtrain_launch.supervise import supervise
+
+    launch, restarts = job.config.launch, job.config.restarts
+    ready: set[str] = set()
+
+    def check(chosen: Sequence[Node]) -> dict[str, str]:
+        """Have DeepSpeed's ops on every machine before ranks need them."""
+        fresh = [node for node in chosen if node.name not in ready]
+        failed = cluster.run(fresh, ["ops", "build", *job.argv[1:]], variables)
+        ready.update(node.name for node in fresh if node.name not in failed)
+        return failed
+
+    pool = Pool(nodes, wanted, min(wanted, launch.min_nodes or wanted), restarts.node_failures)
+    return supervise(
+        start_on(cluster, pool, job.run, job.argv, variables, port=launch.port, check=check), job.run, job.config, cluster.signals
+    )
+
+
+def forwarded(config: Config) -> dict[str, str]:
+    """The variables of this shell that the ranks are to have. Raises UserError for one that is not set."""
+    if absent := [name for name in config.launch.forward if name not in os.environ]:
+        raise UserError(f"launch.forward: {', '.join(absent)} not set in this shell; export it, or take it out")
+    return {name: os.environ[name] for name in config.launch.forward}
+
+
+def _settle(source: Source, config: Path, overrides: Sequence[str] | None, new: bool) -> Job | None:
+    """Prepare the data, find out what there is to do, and make the run's folder; None, with a word about it, where all is done.
+    A folder that cannot be had, and a run that another process trains, are known at once: rank 0 looks again later."""
+    from bigtrain.start import complete, create, new_name, open_run, with_data
+
+    prepare(source.config.data)
+    settled = with_data(new_name(source.config) if new else source.config)
+    start = open_run(settled)
+    if start.done:
+        print(complete(start))
+        return None
+    create(settled, start.run).close()
+    return Job(settled, start.run, _arguments(config, overrides, settled.run.name if new else None))
+
+
+def _arguments(config: Path, overrides: Sequence[str] | None, name: str | None) -> list[str]:
+    return ["train", str(config), *(overrides or []), *([f"run.name={name}"] if name else [])]
+
+
+def _machines(source: Source, there: Sequence[Node], path: Path) -> tuple[list[Node], int]:
+    """The machines to use, with the number of their ranks, and how many of them are no spares. Raises UserError."""
+    from bigtrain.config import batch_arithmetic
+    from bigtrain_launch.cluster import Node
+
+    launch = source.config.launch
+    wanted = launch.nodes if "nodes" in launch.model_fields_set else max(1, len(there) - launch.spares)
+    if wanted + launch.spares > len(there):
+        asked = f"launch.nodes {wanted}{f' and launch.spares {launch.spares}' if launch.spares else ''}"
+        raise UserError(
+            f"{path}: names {len(there)} machine{'s' * (len(there) > 1)}, but {asked} are asked for; add some, or ask for fewer"
+        )
+    chosen = list(there[: wanted + launch.spares])
+    if ranks := launch.ranks_per_node or launch.gpus_per_node:
+        if small := [f"{node.name} ({node.ranks})" for node in chosen if node.ranks < ranks]:
+            raise UserError(
+                f"{path}: fewer slots than the {ranks} ranks that launch asks for on {', '.join(small)}; lower one, or raise the other"
+            )
+        chosen = [Node(node.name, ranks) for node in chosen]
+    try:
+        batch_arithmetic(source.config.train, sum(node.ranks for node in chosen[:wanted]))
+    except ValueError as error:
+        raise source.error([("train.global_batch", str(error))]) from None
+    return chosen, wanted

@@ -1,0 +1,37 @@
+"""Tests of several machines run where they can: as root, with the programs that `make cluster-tools` installs.
+
+Elsewhere they are skipped and say why. After `make cluster-tools`, and with CI=true, a missing part is a failure instead: nobody
+should believe that they ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from nodes import Nodes, insisted, missing, tag
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[..., None]:
+    """`require("sshd", ...)` at the top of a fixture: goes on where nodes with these programs can be made, else skips or fails."""
+
+    def check(*programs: str) -> None:
+        if (reason := missing(programs)) is None:
+            return
+        if why := insisted():
+            pytest.fail(f"cluster tests must run here ({why}), but: {reason}; run make cluster-tools", pytrace=False)
+        pytest.skip(f"{reason}; `make cluster-tools` (as root, on Debian) installs what tests of several machines need")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def four(require, tmp_path_factory) -> Iterator[Nodes]:
+    """Four machines without any service, for the whole test run: who switches one off boots it again. Sorted by name, n10 precedes n9."""
+    require()
+    nodes = Nodes(["n9", "n10", "n11", "n12"], tmp_path_factory.mktemp("nodes"), tag("bigtrain"))
+    try:
+        yield nodes.up()
+    finally:
+        nodes.down()
