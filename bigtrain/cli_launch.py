@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bigtrain.cli_common import SETTINGS, ConfigPath, DryRun, New, Overrides, prepare, require_torch
-from bigtrain.errors import UserError
+from bigtrain.errors import BadNode, UserError
 
 if TYPE_CHECKING:
     from bigtrain.config import Config
@@ -111,9 +111,16 @@ def train_on(cluster: Cluster, nodes: Sequence[Node], wanted: int, job: Job, var
 
     launch, restarts = job.config.launch, job.config.restarts
     ready: set[str] = set()
+    passed: set[str] = set()
 
     def check(chosen: Sequence[Node]) -> dict[str, str]:
-        """Have DeepSpeed's ops on every machine before ranks need them."""
+        """Look at machines that have not been seen together, and have DeepSpeed's ops on every one before ranks need them."""
+        names = {node.name for node in chosen}
+        if launch.preflight.enabled and len(names) > 1 and not names <= passed:
+            if unfit := preflight(cluster, chosen, job, variables):
+                return unfit
+            passed.clear()
+            passed.update(names)
         fresh = [node for node in chosen if node.name not in ready]
         failed = cluster.run(fresh, ["ops", "build", *job.argv[1:]], variables)
         ready.update(node.name for node in fresh if node.name not in failed)
@@ -123,6 +130,20 @@ def train_on(cluster: Cluster, nodes: Sequence[Node], wanted: int, job: Job, var
     return supervise(
         start_on(cluster, pool, job.run, job.argv, variables, port=launch.port, check=check), job.run, job.config, cluster.signals
     )
+
+
+def preflight(cluster: Cluster, chosen: Sequence[Node], job: Job, variables: Mapping[str, str]) -> dict[str, str]:
+    """Those of these machines that a preflight finds unfit, and why. Raises BadNode where the matter lies with none of them."""
+    from rich.console import Console
+
+    from bigtrain_launch.local import say
+    from bigtrain_launch.preflight import check, show
+
+    verdict = check(cluster, chosen, job.config, job.run, job.argv[1:], variables, say)
+    show(verdict, Console(stderr=True), whole=False)
+    if verdict.failed and not verdict.problems:
+        raise BadNode("the preflight failed, and no machine can be blamed; launch.preflight.enabled=false starts without one")
+    return {name: "; ".join(texts) for name, texts in verdict.problems.items()}
 
 
 def forwarded(config: Config) -> dict[str, str]:

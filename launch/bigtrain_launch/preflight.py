@@ -76,6 +76,9 @@ def check(
         return settings.seconds - (time.monotonic() - start)
 
     told, findings = _ask(cluster, nodes, config, run, min(FACT_SECONDS, settings.seconds / 3))
+    if not any(finding.problem for finding in findings):
+        advice = "look at its routes and firewalls; /etc/hosts may name an address that only the machine itself reaches"
+        findings += [Finding(name, why, advice) for name, why in cluster.apart(nodes).items()]
     if any(finding.problem for finding in findings):
         return Verdict(nodes, findings, told, seconds=time.monotonic() - start)
 
@@ -130,9 +133,10 @@ def best_of(first: Answers, second: Answers) -> Answers:
     return merged
 
 
-def show(verdict: Verdict, console: Console) -> None:
-    """Print what was found for a person: a table of the machines, those with problems first, and a line for each finding."""
-    if verdict.facts:
+def show(verdict: Verdict, console: Console, whole: bool = True) -> None:
+    """Print what was found for a person: a table of the machines, those with problems first, and a line for each finding. Without
+    any the table is left out, unless the `whole` is asked for."""
+    if verdict.facts and (whole or verdict.findings):
         console.print(_table(verdict))
     if summary := _summary(verdict):
         console.print(Text(summary), soft_wrap=True)

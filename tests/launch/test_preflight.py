@@ -376,10 +376,13 @@ class FakeCluster:
     """Two nodes whose facts are this machine's, and whose ranks answer as they are told to, once per call."""
 
     def __init__(self, *answers):
-        self.answers, self.asked = list(answers), []
+        self.answers, self.asked, self.unreached = list(answers), [], {}
 
     def facts(self, here, asked, seconds):
         return {node.name: collect(asked) | {"clock": 0.0} for node in here}
+
+    def apart(self, here):
+        return self.unreached
 
     def gather(self, here, module, argv, environment, seconds):
         self.asked.append((module, argv, environment, seconds))
@@ -425,6 +428,13 @@ def test_no_rank_is_started_where_the_facts_are_wrong(config, tmp_path, monkeypa
     monkeypatch.setattr(cluster, "facts", lambda here, asked, seconds: {"n0": collect(asked)})
     verdict = run_check(cluster, config, tmp_path)
     assert verdict.problems == {"n1": ["did not answer"]} and cluster.asked == []
+
+
+def test_a_machine_that_does_not_reach_the_first(config, tmp_path):
+    cluster = FakeCluster()
+    cluster.unreached = {"n1": "n1 does not reach n0, where rank 0 is to be: timed out"}
+    verdict = run_check(cluster, config, tmp_path)
+    assert list(verdict.problems) == ["n1"] and cluster.asked == []
 
 
 def test_a_folder_that_only_the_launcher_has(config, tmp_path, monkeypatch):
