@@ -178,7 +178,7 @@ def _machines(source: Source, there: Sequence[Node], path: Path) -> tuple[list[N
     from bigtrain_launch.cluster import Node
 
     launch = source.config.launch
-    wanted = launch.nodes if "nodes" in launch.model_fields_set else max(1, len(there) - launch.spares)
+    wanted = launch.nodes if launch.nodes > 1 else max(1, len(there) - launch.spares)  # a list is for all of it
     if wanted + launch.spares > len(there):
         asked = f"launch.nodes {wanted}{f' and launch.spares {launch.spares}' if launch.spares else ''}"
         raise UserError(

@@ -72,7 +72,7 @@ class Preflight(Section):
 
 class Launch(Section):
     nodes: Positive = 1
-    """Machines to train on."""
+    """Machines to train on; with `launch hosts`, 1 stands for all of the hostfile but the spares."""
     min_nodes: Positive | None = None
     """Go on with as few as this when machines fail and no spare is left; train.global_batch stays what it is. Left out: `nodes`."""
     spares: Count = 0

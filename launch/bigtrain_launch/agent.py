@@ -45,7 +45,7 @@ class Agent:
 
     def __init__(self, channel: Channel, signals: Signals):
         self._channel, self._signals = channel, signals
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.PollSelector()  # epoll takes no files
         self._selector.register(channel, selectors.EVENT_READ)
         self._door: meeting.Door | None = None
         self._job: _Job | None = None

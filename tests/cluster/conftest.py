@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from nodes import Nodes, insisted, missing, tag
+from sshnodes import SshNodes
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +36,10 @@ def four(require, tmp_path_factory) -> Iterator[Nodes]:
         yield nodes.up()
     finally:
         nodes.down()
+
+
+@pytest.fixture(scope="session")
+def hosts(require, four, tmp_path_factory) -> SshNodes:
+    """The same four with an ssh server each, for the whole test run."""
+    require("sshd", "ssh", "ssh-keygen")
+    return SshNodes(four, tmp_path_factory.mktemp("ssh")).up()

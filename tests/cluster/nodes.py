@@ -100,6 +100,10 @@ class Nodes:
         first = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
         self._running[name] = process, first
 
+    def up_names(self) -> list[str]:
+        """Nodes that are not switched off."""
+        return list(self._running)
+
     def command(self, name: str, argv: list[str]) -> list[str]:
         """`argv` to be run on a node, in this working directory."""
         namespaces = ["--net", "--uts", "--mount", "--pid", "--ipc", f"--wd={os.getcwd()}"]
