@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from bigtrain.cli_common import SETTINGS, ConfigPath, New, Overrides, RunPath, prepare, require_torch
+from bigtrain.cli_doctor import doctor
 from bigtrain.cli_launch import launch_app, launch_local
 from bigtrain.errors import BadNode, BigtrainError, UserError
 
@@ -154,6 +155,9 @@ def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder
     from bigtrain_launch.diagnose import examine, show
 
     show(examine(run), Console(highlight=False))
+
+
+app.command()(doctor)
 
 
 @config_app.command("show")

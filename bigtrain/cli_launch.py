@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bigtrain.configfile import Source
     from bigtrain.runfolder import RunFolder
     from bigtrain_launch.cluster import Cluster, Node
+    from bigtrain_launch.hosts import Hosts
 
 launch_app = typer.Typer(help="Train on this machine, on a list of hosts, under Slurm or Kubernetes.", **SETTINGS)
 
@@ -69,18 +70,12 @@ def launch_hosts(
     from bigtrain import configfile
     from bigtrain_launch import environment
     from bigtrain_launch.cluster import Cluster
-    from bigtrain_launch.hosts import Hosts, read_hostfile
     from bigtrain_launch.local import Signals
 
     source = configfile.read(config, overrides or [])
     launch = source.config.launch
-    if (path := hostfile or (Path(launch.hostfile) if launch.hostfile else None)) is None:
-        raise UserError(
-            f"launch.hostfile: not set in {config}; name a file with a line `NAME slots=N` for each machine, or pass --hostfile"
-        )
-    nodes, wanted = _machines(source, read_hostfile(path), path)
+    nodes, wanted, transport = listed(source, hostfile)
     variables = forwarded(source.config) | launch.environment
-    transport = Hosts(f"{launch.venv.rstrip('/')}/bin/python" if launch.venv else sys.executable)
     if dry_run:
         for number, node in enumerate(nodes):
             print(f"# {node.name}: {f'{node.ranks} ranks' if number < wanted else 'spare'}")
@@ -151,6 +146,19 @@ def forwarded(config: Config) -> dict[str, str]:
     if absent := [name for name in config.launch.forward if name not in os.environ]:
         raise UserError(f"launch.forward: {', '.join(absent)} not set in this shell; export it, or take it out")
     return {name: os.environ[name] for name in config.launch.forward}
+
+
+def listed(source: Source, hostfile: Path | None) -> tuple[list[Node], int, Hosts]:
+    """The machines of a hostfile to use, how many of them are no spares, and how they are reached. Raises UserError."""
+    from bigtrain_launch.hosts import Hosts, read_hostfile
+
+    launch = source.config.launch
+    if (path := hostfile or (Path(launch.hostfile) if launch.hostfile else None)) is None:
+        raise UserError(
+            f"launch.hostfile: not set in {source.path}; name a file with a line `NAME slots=N` for each machine, or pass --hostfile"
+        )
+    python = f"{launch.venv.rstrip('/')}/bin/python" if launch.venv else sys.executable
+    return *_machines(source, read_hostfile(path), path), Hosts(python)
 
 
 def _settle(source: Source, config: Path, overrides: Sequence[str] | None, new: bool) -> Job | None:
