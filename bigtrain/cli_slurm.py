@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bigtrain.cli_common import ConfigPath, DryRun, New, Overrides
-from bigtrain.cli_launch import check_batch, forwarded, launch_app, machines, settle, train_on
+from bigtrain.cli_launch import check_batch, forwarded, launch_app, machines, settle, show_environment, train_on
 from bigtrain.errors import StopRequested, UserError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def launch_slurm(
     if dry_run:
         print(script, end="")
         print(f"bigtrain: to be submitted by: {shlex.join(slurm.command(job.file('sbatch'), first))}", file=sys.stderr)
+        show_environment(settings.launch, sys.stderr)
         return
     _write(job, script, configs)
     submitted = 0

@@ -49,7 +49,7 @@ SAYS = {
     "bigtrain train configs/finetune/quickstart.yaml": "report: runs/finetune/report.html",
     "bigtrain config show configs/pretrain/llama-70b.yaml": "stage: 3",
     "bigtrain diagnose runs/quickstart": "What to do: nothing; the run is complete",
-    "bigtrain launch hosts configs/quickstart.yaml --hostfile hosts --dry-run": "node2 'exec env",
+    "bigtrain launch hosts configs/quickstart.yaml --hostfile hosts --dry-run": "# node2: 1 rank",
     "bigtrain launch slurm configs/quickstart.yaml launch.nodes=2 launch.time=02:00:00 --dry-run": "#SBATCH --time=02:00:00",
     "bigtrain launch kubernetes configs/quickstart.yaml launch.nodes=2 launch.container.image=bigtrain:1 --dry-run": "kind: JobSet",
     "bigtrain jobs": "runs/quickstart-2",
