@@ -38,6 +38,11 @@ class Pool:
             for name, why in problems.items():
                 self._leave_out(name, why)
 
+    @property
+    def out(self) -> list[str]:
+        """Machines that are left out of further starts."""
+        return list(self._out)
+
     def blame(self, suspects: Iterable[str], lost: Iterable[str], why: str) -> None:
         """Machines that a start has failed on, `lost` the ones that were lost to it."""
         self._lost.update(lost)
