@@ -51,8 +51,9 @@ SAYS = {
     "bigtrain diagnose runs/quickstart": "What to do: nothing; the run is complete",
     "bigtrain launch hosts configs/quickstart.yaml --hostfile hosts --dry-run": "# node2: 1 rank",
     "bigtrain launch slurm configs/quickstart.yaml launch.nodes=2 launch.time=02:00:00 --dry-run": "#SBATCH --time=02:00:00",
-    "bigtrain launch kubernetes configs/quickstart.yaml launch.nodes=2 launch.container.image=bigtrain:1 launch.kubernetes.claim=shared --dry-run": "kind: JobSet",
-    "bigtrain jobs": "runs/quickstart-2",
+    "bigtrain launch kubernetes configs/quickstart.yaml launch.nodes=2 launch.container.image=bigtrain:1"
+    " launch.kubernetes.claim=shared --dry-run": "kind: JobSet",
+    "bigtrain jobs": "runs/quickstart",
     "bigtrain logs runs/quickstart": "deepspeed",
     "bigtrain cancel runs/quickstart": "nothing to cancel",
     "bigtrain data prepare configs/quickstart.yaml": "validation:",
