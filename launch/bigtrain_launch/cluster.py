@@ -180,7 +180,7 @@ class Cluster:
         names = [node.name for node in nodes]
         clocks = self._ask(names, "time", ANSWER_SECONDS)
         answers = self._ask(names, "facts", seconds, asked=dict(asked))
-        return {name: {**answer["facts"], **_clock(clocks.get(name))} for name, answer in answers.items() if "facts" in answer}
+        return {name: {**answers[name]["facts"], **_clock(clocks.get(name))} for name in names if name in answers}
 
     def poll(self, seconds: float) -> list[tuple[str, Message]]:
         """Messages that have come from the agents, waited for at most so long. Who is gone is dropped."""

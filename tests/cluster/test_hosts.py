@@ -1,6 +1,5 @@
 """`bigtrain launch hosts`: over real ssh, between machines that lose their power, their processes and their minds."""
 
-import os
 import re
 import signal
 import time
@@ -64,7 +63,7 @@ def test_kill_9_of_the_launcher_leaves_no_process(launches):
     config = launches.story("killed", "for number in (1, 2, 15): signal.signal(number, signal.SIG_IGN)\nfor_ever()")
     with launches.launcher("n9", "hosts", config, "--hostfile", launches.hostfile("n10 slots=2", "n11 slots=2")) as process:
         launches.up("killed", 1, 4, process)
-        launches.nodes.run("n9", "pkill -9 -f 'bigtrain launch'")
+        launches.signal("n9", signal.SIGKILL)
         launches.all_gone(15)
 
 
@@ -87,7 +86,7 @@ def test_a_signal_to_the_launcher_stops_the_ranks_of_all_machines(launches, numb
     config = launches.story(f"signal{number}", "for_ever()")
     with launches.launcher("n9", "hosts", config, "--hostfile", launches.hostfile("n10 slots=1", "n11 slots=1")) as process:
         launches.up(f"signal{number}", 1, 2, process)
-        os.killpg(process.pid, number)  # as a terminal does: to ssh as well, if it listened
+        launches.signal("n9", number)
         screen = process.communicate(timeout=30)[0]
     assert process.returncode == STOPPED, screen
     run = launches.run(f"signal{number}")
@@ -99,9 +98,9 @@ def test_a_second_ctrl_c_kills(launches):
     config = launches.story("twice", "signal.signal(2, lambda *a: open(f'{run}/asked-{rank}', 'w'))\nfor_ever()")
     with launches.launcher("n9", "hosts", config, "--hostfile", launches.hostfile("n10 slots=1", "n11 slots=1")) as process:
         launches.up("twice", 1, 2, process)
-        os.killpg(process.pid, signal.SIGINT)
+        launches.signal("n9", signal.SIGINT)
         until(lambda: all((launches.run("twice").path / f"asked-{rank}").exists() for rank in (0, 1)), process)
-        os.killpg(process.pid, signal.SIGINT)
+        launches.signal("n9", signal.SIGINT)
         screen = process.communicate(timeout=30)[0]
     assert process.returncode == FAILURE and "killing the ranks" in screen
 

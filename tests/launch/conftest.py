@@ -36,7 +36,7 @@ class Pipes:
             command = [sys.executable, "-m", "bigtrain_launch.agent"]
             environment = {**os.environ, "PYTHONPATH": PATH, "BIGTRAIN_NODE": name}
             with open(self._folder / f"{name}.errors", "w") as errors:
-                agent = subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=errors, start_new_session=True)
+                agent = subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, stderr=errors, start_new_session=True, cwd="/")
             self._channels[name] = Channel(os.dup(agent.stdout.fileno()), os.dup(agent.stdin.fileno()))
             agent.stdin.close()
             agent.stdout.close()
