@@ -40,8 +40,13 @@ def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = Fal
     require_torch()
     source = configfile.read(config, overrides or [])
     here = hardware.look()
-    if found := hardware.problems(source.config, here):
+    found = hardware.problems(source.config, here)
+    if (nodes := source.config.launch.nodes) > 1:
+        found.append(("launch.nodes", f"{nodes} machines, but this trains on one; use launch hosts, slurm or kubernetes, or set it to 1"))
+    if found:
         raise source.error(found)
+    if (allocated := os.environ.get("SLURM_JOB_NUM_NODES", "1")) != "1":
+        local.say(f"warning: this Slurm job has {allocated} machines, and one trains; all do with bigtrain launch slurm, or under srun")
     ranks = hardware.ranks(source.config, here)
     chosen = source.config.launch.environment
     settings = environment.rank_environment(environment.Place(here, ranks, 1, None), {**os.environ, **chosen})
