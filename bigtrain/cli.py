@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from bigtrain import cli_jobs, cli_slurm  # noqa: F401 (the second only adds to launch_app)
+from bigtrain import cli_jobs, cli_kubernetes, cli_slurm  # noqa: F401 (the last two only add to launch_app)
 from bigtrain.cli_common import SETTINGS, ConfigPath, New, Overrides, RunPath, prepare, require_torch
 from bigtrain.cli_launch import launch_app, launch_local
 from bigtrain.errors import BadNode, BigtrainError, UserError

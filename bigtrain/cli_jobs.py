@@ -46,14 +46,21 @@ def logs(
     grep: Annotated[str | None, typer.Option(metavar="REGEX", help="Only lines in which this is found.")] = None,
 ) -> None:
     """What the ranks of a run have printed."""
-    from bigtrain_launch.jobs import open_run
-    from bigtrain_launch.readlogs import lines
+    from bigtrain_launch import jobs, readlogs
 
     for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C and `| head` end it without a word
         signal.signal(number, signal.SIG_DFL)
     sys.stdout.reconfigure(errors="replace")
     shown = printable if sys.stdout.isatty() else str
-    for line in lines(open_run(run), rank, attempt, grep, follow, _say):
+    folder = jobs.open_run(run)
+    newest = jobs.read(folder)[-1]
+    if newest.kind == "kubernetes" and not folder.attempts():
+        given = [f"--rank={number}" for number in rank or []] + ([f"--attempt={attempt}"] if attempt else [])
+        given += ([f"--grep={grep}"] if grep is not None else []) + (["--follow"] if follow else [])
+        lines = readlogs.from_pods(newest, given)
+    else:
+        lines = readlogs.lines(folder, rank, attempt, grep, follow, _say)
+    for line in lines:
         print(shown(line), flush=follow)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,7 +65,7 @@ def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = Fal
         return local.launch(job.argv, ranks, port=port, environment={**variables, **own}, threads=threads)
 
     with local.Signals() as signals:
-        raise typer.Exit(supervise(start, job.run, job.config, signals))
+        raise typer.Exit(recorded(job.run, "local", 1, lambda: supervise(start, job.run, job.config, signals)))
 
 
 @launch_app.command("hosts")
@@ -98,7 +98,8 @@ def launch_hosts(
     if (job := settle(source, config, overrides, new)) is None:
         return
     with Signals() as signals, Cluster(transport, signals) as cluster:
-        raise typer.Exit(train_on(cluster, machines(nodes, wanted, job.config), job, variables))
+        pool = machines(nodes, wanted, job.config)
+        raise typer.Exit(recorded(job.run, "hosts", [node.name for node in nodes], lambda: train_on(cluster, pool, job, variables)))
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,15 @@ def train_on(cluster: Cluster, pool: Pool, job: Job, variables: Mapping[str, str
 
     start = start_on(cluster, pool, job.run, job.argv, variables, port=launch.port, check=check)
     return supervise(start, job.run, job.config, cluster.signals, earlier)
+
+
+def recorded(run: RunFolder, kind: str, nodes: int | Sequence[str], go: Callable[[], int]) -> int:
+    """Train by `go`, with a record of this launcher in the run's folder (see `bigtrain jobs`), and return the exit code."""
+    from bigtrain_launch import jobs
+
+    id = str(os.getpid())
+    jobs.record(run, kind, id, nodes=nodes)
+    return jobs.launch(run, kind, id, go)
 
 
 def forwarded(config: Config) -> dict[str, str]:

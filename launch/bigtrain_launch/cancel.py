@@ -39,6 +39,9 @@ def cancel(run: RunFolder, say: Say) -> None:
     if not active:
         say(f"nothing to cancel: {run.path}: {standing[-1][1] if standing else 'no job was started'}")
         return
+    if active[0][0].kind == "kubernetes" and not run.attempts():
+        say("ended; what it has saved is on its claim, and the same command goes on from there")
+        return
     saved = sorted(path.name for path in run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
     say(f"ended; the same command goes on from {saved[-1]}" if saved else "ended; there is no checkpoint in this folder")
 
@@ -94,8 +97,13 @@ def _end_process(job: Job, say: Say) -> None:
 def _end_slurm(job: Job, state: State, say: Say) -> None:
     """A job that waits is taken from the queue. One that runs is only signalled: scancel on its own would kill it KillWait seconds
     later, checkpoint or not. The batch step is the launcher, which asks the ranks to save and, for a cancelled job, does not requeue."""
-    if state.word.startswith("waiting"):
-        _told(["scancel", job.id])
+
+    def take_from_queue(now: State) -> None:  # of an array, some tasks
+        if "waiting" in now.word:
+            _told(["scancel", "--state=PENDING", job.id])
+
+    take_from_queue(state)
+    if state.word == "waiting":
         say(f"took Slurm job {job.id} from the queue")
         return
     _told(["scancel", "--batch", "--signal=TERM", job.id])
@@ -103,8 +111,7 @@ def _end_slurm(job: Job, state: State, say: Say) -> None:
 
     def ended() -> bool | None:
         now = queues.slurm([job.id])[job.id]
-        if now.word.startswith("waiting"):  # it was requeued in the same moment
-            _told(["scancel", job.id])
+        take_from_queue(now)  # it was requeued in the same moment
         return None if now.active is None else not now.active
 
     _wait(job, ended, say)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bigtrain.errors import BAD_NODE, DONE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE, UserError
+from bigtrain.errors import BAD_NODE, DONE, FAILURE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE, BigtrainError, UserError
 from bigtrain.runfolder import RunFolder, machine, process_start, read_json, write_record
 from bigtrain_launch import queues
 from bigtrain_launch.local import say
@@ -87,11 +87,23 @@ def record(run: RunFolder, kind: str, id: str, **facts: Any) -> None:
         raise UserError(f"run.folder: {run.jobs} cannot be written ({error.strerror}): {kind} job {id} is not recorded") from None
 
 
-def end(run: RunFolder, kind: str, id: str, code: int) -> None:
-    """Write down that the launcher of a job has ended, with its exit code."""
+def launch(run: RunFolder, kind: str, id: str, go: Callable[[], int]) -> int:
+    """Let `go`, the launcher of a job that is recorded, do its work, and record the exit code, which is returned."""
+    code = FAILURE
+    try:
+        code = go()
+    except BigtrainError as error:
+        code = error.code
+        raise
+    finally:
+        _end(run, kind, id, code)
+    return code
+
+
+def _end(run: RunFolder, kind: str, id: str, code: int) -> None:
     if job := find(run, kind, id):
         try:
-            write_record(job.path, job.facts | {"ended": time.time(), "exit_code": code})
+            note(job, ended=time.time(), exit_code=code)
         except OSError as error:  # a record is not worth a run
             say(f"warning: {job.path} not written: {error.strerror}")
 

@@ -16,19 +16,27 @@ from typing import Any
 import yaml
 
 from bigtrain.configlaunch import Launch
-from bigtrain.errors import FAILURE, HANG, SAME_CRASH, USER_MISTAKE, RunError, UserError
+from bigtrain.errors import FAILURE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE, RunError, UserError
+from bigtrain_launch.listener import ADDRESS, TOKEN
 from bigtrain_launch.tools import Unanswered, ask
 
 GRACE_SECONDS = 120.0  # to save in before a pod is killed, where launch.grace does not say
 SUBMIT_SECONDS = 60.0
 PORT = 20700
 """Where pod 0 awaits the agents of the others; a pod has its ports to itself."""
+JOB, INDEX = "BIGTRAIN_JOB", "JOB_COMPLETION_INDEX"
+"""Variables of a pod with the id of the job, and with its number in it, which Kubernetes sets."""
 CONFIG = "/etc/bigtrain/config.yaml"
 GROUP, CONTAINER = "node", "node"  # the names that Kubeflow Trainer looks for
 JOB_LABEL = "bigtrain/job"
 LONGEST_NAME = 42  # pods add -node-0-INDEX-abcde to it, and 63 characters is the end
 DECIDED = (FAILURE, USER_MISTAKE, HANG, SAME_CRASH)
 """Exit codes with which the launcher gives a run up: it has started the ranks again by itself, as often as `restarts` allows."""
+
+_WORD = "[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+_NAME = re.compile("[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_LABEL = re.compile(rf"([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_WORD}")
+_IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*(:[A-Za-z0-9._-]+)?(@sha256:[0-9a-f]{64})?")
 
 Manifest = dict[str, Any]
 
@@ -49,6 +57,11 @@ class Job:
     @property
     def id(self) -> str:
         return f"{self.launch.kubernetes.namespace}/{self.launch.kubernetes.kind}/{self.name}"
+
+    @property
+    def python(self) -> str:
+        """The Python of the image."""
+        return f"{self.launch.venv.rstrip('/')}/bin/python" if self.launch.venv else "python3"
 
     @property
     def pods(self) -> int:
@@ -106,12 +119,16 @@ def submit(job: Job, manifests: Sequence[Manifest]) -> None:
 
 
 def _check(job: Job) -> None:
-    settings = job.launch
+    """Kubernetes would refuse some of this itself, some only when a pod starts, and not in the user's words."""
+    settings, pods = job.launch, job.launch.kubernetes
     if not settings.container:
         raise UserError("launch.container.image: missing; name the image in which the pods run, with bigtrain installed")
+    image = settings.container.image
+    if not _IMAGE.fullmatch(image) or image.endswith((".sqsh", ".sif")):
+        raise UserError(f"launch.container.image: {image} is no image of a registry; give one, as in registry.example.com/bigtrain:1")
     if settings.container.mounts:
-        raise UserError("launch.container.mounts: a pod mounts launch.kubernetes.claim, and no folders of its node; remove them")
-    if not settings.kubernetes.claim:
+        raise UserError("launch.container.mounts: a pod mounts launch.kubernetes.claim, and no folders of its machine; remove them")
+    if not pods.claim:
         raise UserError(
             "launch.kubernetes.claim: missing; name a PersistentVolumeClaim that all pods can write (ReadWriteMany): it keeps the run and"
             " its checkpoints, which are gone with the pods otherwise"
@@ -121,7 +138,18 @@ def _check(job: Job) -> None:
             f"launch.forward: a manifest would hold the values of {', '.join(settings.forward)}, for all to read; put them into a Secret"
             " (kubectl create secret generic NAME --from-literal=KEY=VALUE) and name it in launch.kubernetes.secrets"
         )
-    workdir, run = PurePosixPath(settings.kubernetes.workdir), PurePosixPath(settings.kubernetes.workdir, job.run)
+    names = [("namespace", pods.namespace), ("claim", pods.claim), *(("secrets", name) for name in pods.secrets)]
+    for key, name in [*names, *([("queue", pods.queue)] if pods.queue else [])]:
+        if not _NAME.fullmatch(name) or (key == "namespace" and "." in name):
+            raise UserError(
+                f"launch.kubernetes.{key}: {name} is no name in Kubernetes; they are of a-z, 0-9 and -, as in my-{key.rstrip('s')}"
+            )
+    for label, value in pods.node_selector.items():
+        if not _LABEL.fullmatch(label) or not re.fullmatch(f"({_WORD})?", value):
+            raise UserError(
+                f"launch.kubernetes.node_selector: {label}: {value!r} is no label of a node; see `kubectl get nodes --show-labels`"
+            )
+    workdir, run = PurePosixPath(pods.workdir), PurePosixPath(pods.workdir, job.run)
     if ".." in run.parts or workdir not in run.parents:
         raise UserError(
             f"run.folder: {job.run} is not below launch.kubernetes.workdir ({workdir}), where the claim is mounted, and would be gone with"
@@ -143,8 +171,9 @@ def _queued(manifest: Manifest, job: Job) -> Manifest:
 
 
 def _job_set(job: Job) -> Manifest:
-    """One job with a pod for each node. Who has decided on the end of the run ends it all; a pod that was evicted, or whose machine
-    is drained, is replaced and comes back to the others; whatever else ends a pod starts all of them again, a few times."""
+    """One job with a pod for each node. Where the launcher has given the run up, that is the end. A pod that was evicted, or has saved
+    because another was, is replaced and goes on with the others, for nothing. Whatever else ends a pod starts all of them again,
+    restarts.max times."""
     pods = {
         "completionMode": "Indexed",
         "completions": job.pods,
@@ -154,6 +183,7 @@ def _job_set(job: Job) -> Manifest:
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": sorted(DECIDED)}},
+                {"action": "Ignore", "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [STOPPED]}},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
@@ -194,11 +224,10 @@ def _container(job: Job) -> Manifest:
     amounts = {name: amount for name, amount in (("cpu", settings.cpu), ("memory", settings.memory)) if amount}
     limits = {**devices, **({"memory": settings.memory} if settings.memory else {})}  # of cores, what is free may be used
     resources = {key: value for key, value in (("requests", {**devices, **amounts}), ("limits", limits)) if value}
-    python = f"{job.launch.venv}/bin/python" if job.launch.venv else "python3"
     container = {
         "name": CONTAINER,
         "image": job.launch.container.image,
-        "command": [_literal(python), "-m", "bigtrain", "launch", "pod", CONFIG],
+        "command": [_literal(job.python), "-m", "bigtrain", "launch", "pod", CONFIG],
         "workingDir": settings.workdir,
         "env": [*_environment(job)],
         "resources": resources,
@@ -219,9 +248,9 @@ def _environment(job: Job) -> list[Manifest]:
     """The token by which pods know each other is the id of their Job: it stands in no file, and each start of all pods has a new one."""
     uid = {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/controller-uid']"}}
     own = {
-        "BIGTRAIN_JOB": {"value": job.id},
-        "BIGTRAIN_LAUNCHER": {"value": f"{host(job.name, 0)}:{PORT}"},
-        "BIGTRAIN_TOKEN": {"valueFrom": uid},
+        JOB: {"value": job.id},
+        ADDRESS: {"value": f"{host(job.name, 0)}:{PORT}"},
+        TOKEN: {"valueFrom": uid},
     }
     users = {name: {"value": _literal(value)} for name, value in job.launch.environment.items()}
     return [{"name": name, **value} for name, value in {**users, **own}.items()]

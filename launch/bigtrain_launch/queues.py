@@ -103,7 +103,7 @@ def _from_status(status: dict[str, Any]) -> State:
 
 def _tasks(argv: Sequence[str], row: str) -> list[tuple[str, str, str]]:
     """Task, state and reason from each line of a Slurm table that looks like `row`. Raises Unanswered where none of them does."""
-    lines = [line for line in ask(argv).splitlines() if line.strip()]
+    lines = [line for line in ask(argv, seconds=ASK_SECONDS).splitlines() if line.strip()]
     rows = [found for line in lines if (found := re.fullmatch(row, line))]
     if lines and not rows:
         raise Unanswered(f"{argv[0]}: no table of jobs, but {one_line(lines[0])[:60]!r}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +12,9 @@ from pathlib import Path
 from bigtrain.errors import UserError
 from bigtrain.runfolder import RunFolder, read_json
 from bigtrain_launch import jobs
+from bigtrain_launch.jobs import Job
+from bigtrain_launch.kubernetes import JOB_LABEL
+from bigtrain_launch.tools import Unanswered, ask
 
 POLL_SECONDS = 0.2
 ASK_AGAIN_SECONDS = 5.0  # between questions to a scheduler whether the run goes on
@@ -55,6 +60,28 @@ def lines(
                 say(why)
                 return
         time.sleep(POLL_SECONDS)
+
+
+def from_pods(job: Job, options: Sequence[str]) -> Iterator[str]:
+    """The same from pod 0 of a job in Kubernetes, whose run's folder is not here: what `bigtrain logs` with these options says there
+    or, where that pod has ended, what it printed. Raises UserError where there is neither."""
+    namespace, _, name = job.id.split("/")
+    chosen = [f"--namespace={namespace}", f"--selector={JOB_LABEL}={name},batch.kubernetes.io/job-completion-index=0"]
+    try:
+        there = ask(["kubectl", "get", "pods", *chosen, "--field-selector=status.phase=Running", "--output=name"]).split()
+    except Unanswered as error:
+        raise UserError(f"the run's folder is in Kubernetes, and {error}") from None
+    if there:
+        python, run = str(job.facts.get("python", "python3")), str(job.facts.get("folder"))
+        argv = ["kubectl", "exec", f"--namespace={namespace}", there[-1], "--", python, "-m", "bigtrain", "logs", run, *options]
+    elif set(options) <= {"--follow"}:
+        argv = ["kubectl", "logs", *chosen, "--tail=-1"]
+    else:
+        raise UserError("pod 0 does not run: what it has printed is left (`bigtrain logs` without options); the logs are on the claim")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        yield from (line.rstrip("\n") for line in process.stdout)
+    if process.returncode:
+        raise UserError(f"`{shlex.join(argv)}` ended with exit code {process.returncode}")
 
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:

@@ -1,78 +1,29 @@
-"""Which jobs a run has and how they stand, their logs, and how they are ended. Schedulers are stand-ins that answer anything."""
+"""Which jobs a run has and how they stand. Schedulers are stand-ins that answer anything."""
 
 import json
 import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from bigtrain import configfile
-from bigtrain.errors import UserError
+from bigtrain.errors import StopRequested, UserError
 from bigtrain.runfolder import RunFolder, machine, process_start, write_record
-from bigtrain_launch import cancel, jobs, queues, readlogs, tools
+from bigtrain_launch import jobs, queues, tools
 from bigtrain_launch.tools import Unanswered, ask
 
 ROOT = Path(__file__).parents[2]
-PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "launch")))
 
 
-@pytest.fixture
-def run(tmp_path):
-    run = RunFolder(tmp_path / "runs/one")
-    run.path.mkdir(parents=True)
-    return run
+def raising(error: BaseException):
+    def go():
+        raise error
 
-
-@pytest.fixture
-def tool(tmp_path, monkeypatch):
-    """Put a command on the path: tool("squeue", "echo hello"). What it was called with is in `tool.calls`. Nothing else is found:
-    this machine may have a Slurm."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("cat", "head", "sleep", "yes"):
-        (folder / name).symlink_to(shutil.which(name))
-    monkeypatch.setenv("PATH", str(folder))
-
-    def make(name: str, script: str) -> None:
-        (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\n{script}\n')
-        (folder / name).chmod(0o755)
-
-    make.calls = lambda: (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
-    return make
-
-
-@pytest.fixture
-def process():
-    """Start processes that are gone at the end."""
-    started = []
-
-    def start(code: str, *argv: str, **options) -> subprocess.Popen:
-        environment = {**os.environ, "PYTHONPATH": PATHS}
-        started.append(subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], text=True, env=environment, **options))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.kill()
-        each.wait()
-
-
-def attempt(run: RunFolder, number: int, log: str = "", **facts) -> None:
-    (run.attempt(number) / "logs").mkdir(parents=True)
-    run.log(number, 0).write_text(log)
-    write_record(run.record(number), {"started": time.time(), **facts})
-
-
-def put(run: RunFolder, kind: str, id: str, **facts) -> jobs.Job:
-    """A record of a job on some other machine."""
-    jobs.record(run, kind, id, **facts)
-    return jobs.read(run)[-1]
+    return go
 
 
 # ---- Commands that answer anything ----
@@ -102,6 +53,14 @@ def test_a_command_without_an_answer(tool, monkeypatch, script, why):
     with pytest.raises(Unanswered, match=f"^{re.escape(why)}$") as refused:
         ask(["say"], seconds=0.5)
     assert time.monotonic() - before < 5 and (refused.value.told == "made/it\n") is ("made" in script)
+
+
+def test_what_a_command_without_an_answer_has_started_is_ended_too(tool, tmp_path, until):
+    tool("say", f"sleep 60 & echo $! > {tmp_path}/child; wait")
+    with pytest.raises(Unanswered):
+        ask(["say"], seconds=0.5)
+    child = int((tmp_path / "child").read_text())
+    until(lambda: process_start(child) is None)
 
 
 def test_a_command_that_is_not_there_or_no_program(tool, tmp_path):
@@ -143,7 +102,7 @@ def test_a_record_holds_no_secret(run, monkeypatch):
     "text", ["", "{", "[]", '{"kind": "slurm"}', '{"kind": 1, "id": "2", "submitted": 3}', '{"kind": "slurm", "id": [], "submitted": 1}',
              '{"kind": "slurm", "id": "1", "submitted": "x"}', "\0\x1b[31m", '{"kind":"cloud","id":"1","submitted":1}'],
 )  # fmt: skip
-def test_a_damaged_record_is_said_to_be_one(run, text):
+def test_a_damaged_record_is_said_to_be_one(run, text, attempt, put):
     put(run, "local", "1")
     (run.jobs / "0002.json").write_text(text)
     attempt(run, 1, ended=1.0, exit_code=0)
@@ -152,7 +111,7 @@ def test_a_damaged_record_is_said_to_be_one(run, text):
     assert jobs.read(run)[0].attempts == (1,)  # what it may have done is not known: the attempt is the other's
 
 
-def test_attempts_belong_to_the_job_before_them(run):
+def test_attempts_belong_to_the_job_before_them(run, attempt):
     for number, since in enumerate((1000.0, 2000.0, 3000.0), 1):
         jobs.record(run, "slurm", str(number), submitted=since)
     for number, started in enumerate((1500.0, 1600.0, 2999.0, 3100.0), 1):
@@ -169,9 +128,10 @@ def end(code: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("code", "word"), [(0, "done"), (1, "failed"), (2, "mistake"), (75, "stopped"), (76, "hang"), (77, "bad node"), (78, "same crash twice"), ([], "failed")]
-)  # fmt: skip
-def test_a_launcher_that_has_ended(run, process, code, word):
+    ("code", "word"),
+    [(0, "done"), (1, "failed"), (2, "mistake"), (75, "stopped"), (76, "hang"), (77, "bad node"), (78, "same crash twice"), ([], "failed")],
+)
+def test_a_launcher_that_has_ended(run, process, code, word, attempt, put):
     gone = process("pass")
     gone.wait()
     put(run, "local", "1", pid=gone.pid, start="1")
@@ -183,13 +143,13 @@ def test_a_launcher_that_has_ended(run, process, code, word):
     assert (str(state), state.active) == (word, False)
 
 
-def test_a_launcher_that_lives_and_one_that_has_its_number(run):
+def test_a_launcher_that_lives_and_one_that_has_its_number(run, put):
     put(run, "hosts", "1")
     put(run, "hosts", "2", start="12345")  # the process of that number began at another time
     assert [state.active for state in jobs.states(jobs.read(run))] == [True, False]
 
 
-def test_a_launcher_on_another_machine_is_known_by_its_lease(run):
+def test_a_launcher_on_another_machine_is_known_by_its_lease(run, attempt, put):
     put(run, "hosts", "1", machine="elsewhere", host="login2", pid=77)
     assert str(jobs.states(jobs.read(run))[0]) == "unknown (its launcher is process 77 on login2)"
     attempt(run, 1)
@@ -201,7 +161,7 @@ def test_a_launcher_on_another_machine_is_known_by_its_lease(run):
     assert str(jobs.states(jobs.read(run))[0]) == "killed"
 
 
-def test_what_another_launcher_has_started_is_a_job_too(run):
+def test_what_another_launcher_has_started_is_a_job_too(run, attempt):
     attempt(run, 1)
     write_record(run.lease, {"attempt": 1, "seconds": 60.0, "machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())})
     ((job, state),) = jobs.of_runs([run.path])
@@ -250,7 +210,7 @@ def test_slurm_jobs(tool):
     ],
 )  # fmt: skip
 def test_slurm_that_is_missing_or_mad(tool, monkeypatch, squeue, sacct, state):
-    monkeypatch.setattr(queues.ask, "__defaults__", ("", 1.0))
+    monkeypatch.setattr(queues, "ASK_SECONDS", 1.0)
     for name, script in (("squeue", squeue), ("sacct", sacct)):
         if script is not None:
             tool(name, script)
@@ -288,7 +248,7 @@ def test_kubernetes_jobs(tool, tmp_path, answer, state, active):
     assert tool.calls()[0].startswith("kubectl get jobsets.jobset.x-k8s.io one-1 --namespace=team ")
 
 
-def test_kubernetes_that_is_missing_refuses_or_has_no_such_name(tool, run, monkeypatch):
+def test_kubernetes_that_is_missing_refuses_or_has_no_such_name(tool, run, monkeypatch, put):
     assert str(queues.kubernetes("--all/jobset/x")) == "unknown ('--all/jobset/x' is no job in Kubernetes)"
     assert str(queues.kubernetes("team/jobset/x")) == "unknown (kubectl: not installed on this machine)"
     tool("kubectl", "echo 'The connection to the server localhost:8080 was refused' >&2; exit 1")
@@ -304,12 +264,7 @@ def test_kubernetes_that_is_missing_refuses_or_has_no_such_name(tool, run, monke
 # ---- The table ----
 
 
-def bigtrain(*argv: str, cwd: Path, **environment) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": PATHS, "COLUMNS": "200", **environment}
-    return subprocess.run([sys.executable, "-m", "bigtrain", *argv], cwd=cwd, env=environment, text=True, capture_output=True, timeout=60)
-
-
-def test_the_table_shows_what_is_there(run, tool):
+def test_the_table_shows_what_is_there(run, tool, attempt, put, bigtrain):
     tool("squeue", QUEUE)
     put(run, "slurm", "15", nodes=4)
     put(run, "slurm", "11", nodes=4)
@@ -334,218 +289,31 @@ def test_the_table_shows_what_is_there(run, tool):
     assert bigtrain("jobs", cwd=run.path).stdout == "no runs under ./runs; give run folders\n"
 
 
-# ---- Logs ----
-
-
-def read(run, ranks=None, attempt=None, pattern=None, follow=False) -> list[str]:
-    return list(readlogs.lines(run, ranks, attempt, pattern, follow, say=lambda text: None))
-
-
-def test_logs(run):
-    attempt(run, 1, "old\n")
-    attempt(run, 2, "first\r\nsecond\n\xff\nthe end has none")
-    run.log(2, 1).write_text("one\nsecond of one\n")
-    run.log(2, 12).write_bytes(b"\xff\xfe second\n")
-    assert read(run) == ["first", "second", "\xff", "the end has none"]
-    assert read(run, attempt=1) == ["old"] and read(run, [1]) == ["one", "second of one"]
-    assert read(run, [1, 0])[:3] == ["1: one", "1: second of one", "0: first"]
-    assert read(run, pattern="^sec|of") == ["0: second", "1: second of one"]
-    assert read(run, [1], pattern="on.$") == ["one"] and read(run, pattern="second$")[-1] == "12: \ufffd\ufffd second"
+# ---- What a launcher does ----
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("go", "code"),
     [
-        ({"attempt": 3}, "there is no attempt 3; its attempts: 1"),
-        ({"ranks": [0, 5]}, r"rank-00005.log: there is no such log; attempt 1 has those of 1 ranks"),
-        ({"pattern": "("}, r"--grep: '\(' is no regular expression: missing \), unterminated subpattern at position 0"),
+        (lambda: 0, 0),
+        (lambda: 75, 75),
+        (raising(UserError("no such file")), 2),
+        (raising(StopRequested("stopped")), 75),
+        (raising(ZeroDivisionError()), 1),
+        (raising(KeyboardInterrupt()), 1),
     ],
 )
-def test_logs_that_are_not_there(run, asked, message):
-    with pytest.raises(UserError, match="nothing has been trained here yet; -f waits for it"):
-        read(run)
-    attempt(run, 1)
-    with pytest.raises(UserError, match=message):
-        read(run, **asked)
+def test_a_launcher_leaves_its_exit_code(run, put, go, code):
+    put(run, "kubernetes", "team/jobset/one-1")
+    put(run, "kubernetes", "team/jobset/one-2")
+    with suppress(UserError, StopRequested, ZeroDivisionError, KeyboardInterrupt):
+        assert jobs.launch(run, "kubernetes", "team/jobset/one-1", go) == code
+    assert jobs.find(run, "kubernetes", "team/jobset/one-1").facts["exit_code"] == code
+    assert "exit_code" not in jobs.find(run, "kubernetes", "team/jobset/one-2").facts
+    assert jobs.find(run, "kubernetes", "team/jobset/one-3") is None and jobs.find(run, "slurm", "team/jobset/one-1") is None
 
 
-def test_logs_are_followed_into_the_next_attempt_until_the_launcher_ends(run, process):
-    launcher = process(
-        "import sys; from bigtrain.runfolder import RunFolder; from bigtrain_launch import jobs\n"
-        "jobs.record(RunFolder(sys.argv[1]), 'local', '1'); print(1, flush=True); sys.stdin.read()",
-        run.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert launcher.stdout.readline() == "1\n"
-    said = []
-    lines = readlogs.lines(run, None, None, None, True, said.append)
-    attempt(run, 1, "first\nbeg")
-    write_record(run.lease, {"attempt": 1, "seconds": 60.0, "machine": "elsewhere"})
-    assert next(lines) == "first" and said == ["attempt 1"]
-    with open(run.log(1, 0), "a") as log:
-        log.write("un\nhalf")
-    assert next(lines) == "begun"
-    write_record(run.record(1), {"started": time.time(), **end(1)})
-    assert next(lines) == "half"  # the attempt is over: its last line gets no end
-    attempt(run, 2, "again\n")
-    assert next(lines) == "again" and said == ["attempt 1", "attempt 2"]
-    with open(run.log(2, 0), "a") as log:
-        log.write("last words")
-    write_record(run.record(2), {"started": time.time(), **end(0)})
-    launcher.stdin.close()
-    launcher.wait()
-    assert list(lines) == ["last words"] and said[2:] == ["the run has ended: done"]
-
-
-def test_a_run_that_is_over_is_not_waited_for(run):
-    attempt(run, 1, "it was\n", **end(0))
-    assert read(run, follow=True) == ["it was"]
-
-
-def test_logs_on_a_terminal_cannot_speak_to_it(run):
-    attempt(run, 1, "\033]0;owned\a\033[2Jtext\tand\n" * 3, **end(0))
-    master, terminal = os.openpty()
-    environment = {**os.environ, "PYTHONPATH": PATHS}
-    argv = [sys.executable, "-m", "bigtrain", "logs", str(run.path)]
-    subprocess.run(argv, stdout=terminal, env=environment, check=True, timeout=60)
-    os.close(terminal)
-    shown = os.read(master, 9999).decode()
-    os.close(master)
-    assert shown.count("\ufffd]0;owned\ufffd\ufffd[2Jtext\tand") == 3 and "\033" not in shown
-    assert subprocess.run(argv, stdout=subprocess.PIPE, env=environment, check=True, timeout=60).stdout.startswith(b"\033]0;owned")
-
-
-def test_logs_into_a_pipe_that_closes(run):
-    attempt(run, 1, "line\n" * 100000, **end(0))
-    argv = [sys.executable, "-m", "bigtrain", "logs", str(run.path)]
-    reader = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": PATHS})
-    assert reader.stdout.readline() == b"line\n"
-    reader.stdout.close()
-    assert reader.stderr.read() == b"" and reader.wait() == -signal.SIGPIPE
-
-
-# ---- Cancelling ----
-
-LAUNCHER = """
-import os, signal, sys, time
-from bigtrain.runfolder import RunFolder, write_record
-from bigtrain_launch import jobs
-run = RunFolder(sys.argv[1])
-def stop(*_):
-    (run.checkpoints / 'step-00000007').mkdir(parents=True)
-    write_record(run.record(1), {'started': time.time(), 'ended': time.time(), 'exit_code': 75})
-    os._exit(75)
-signal.signal(signal.SIGTERM, stop)
-jobs.record(run, sys.argv[2], '1')
-run.heartbeat(1, 0).parent.mkdir(parents=True)
-write_record(run.heartbeat(1, 0), {'rank': 0, 'step': 7, 'phase': 'save'})
-write_record(run.record(1), {'started': time.time()})
-print(1, flush=True)
-while True: time.sleep(1)
-"""
-
-
-def cancelled(run) -> list[str]:
-    said: list[str] = []
-    cancel.cancel(run, said.append)
-    return said
-
-
-@pytest.mark.parametrize("kind", ["local", "hosts"])
-def test_cancelling_a_launcher_waits_for_the_checkpoint(run, process, kind):
-    launcher = process(LAUNCHER, run.path, kind, stdout=subprocess.PIPE)
-    assert launcher.stdout.readline() == "1\n" and not jobs.is_cancelled(run, kind, "1")
-    said = bigtrain("cancel", str(run.path), cwd=ROOT)
-    assert (said.returncode, said.stdout, launcher.wait()) == (0, "", 75)
-    assert said.stderr.splitlines() == [
-        f"bigtrain: asked the launcher (process {launcher.pid}) to save and end; waiting for it. Ctrl-C stops the waiting only",
-        "bigtrain: ended; the same command goes on from step-00000007",
-    ]
-    assert jobs.is_cancelled(run, kind, "1") and not jobs.is_cancelled(run, kind, "2")
-    assert cancelled(run) == [f"nothing to cancel: {run.path}: stopped"]
-
-
-def test_cancelling_tells_what_the_ranks_do(run, process, monkeypatch):
-    monkeypatch.setattr(cancel, "PROGRESS_SECONDS", 0.0)
-    launcher = process(LAUNCHER.replace("def stop(*_):", "def stop(*_):\n    time.sleep(1.5)"), run.path, "local", stdout=subprocess.PIPE)
-    launcher.stdout.readline()
-    assert "rank 0 is in step 7: save" in cancelled(run)
-
-
-def test_cancelling_from_another_machine_says_where(run):
-    put(run, "hosts", "1", machine="elsewhere", host="login2")
-    with pytest.raises(UserError, match=f"{run.path}: unknown .*; on login2, run: bigtrain cancel {run.path}$"):
-        cancelled(run)
-    attempt(run, 1)
-    write_record(run.lease, {"attempt": 1, "seconds": 60.0, "machine": "elsewhere"})
-    with pytest.raises(
-        UserError, match=f"its launcher runs on another machine or in another container; on login2, run: bigtrain cancel {run.path}$"
-    ):
-        cancelled(run)
-
-
-def test_a_process_that_has_the_launchers_number_is_left_alone(run, process, monkeypatch):
-    other = process("input()", stdin=subprocess.PIPE)
-    job = put(run, "local", "1", pid=other.pid, start="1")
-    cancel._end(job, queues.State("running", active=True), lambda text: None)
-    assert other.poll() is None
-
-
-def test_cancelling_what_another_launcher_has_started(run):
-    attempt(run, 1)
-    write_record(run.lease, {"attempt": 1, "seconds": 60.0, "machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())})
-    with pytest.raises(UserError, match="not started by `bigtrain`; send SIGTERM to its launcher"):
-        cancelled(run)
-
-
-def test_cancelling_slurm_jobs(run, tool, tmp_path, monkeypatch):
-    """A chain: what waits is taken from the queue first, what runs is asked to save; requeued at that moment it is taken too."""
-    monkeypatch.setattr(cancel, "ASK_AGAIN_SECONDS", 0.01)
-    queue = tmp_path / "queue"
-    queue.write_text("8|RUNNING|None\n9|PENDING|Dependency\n")
-    tool("squeue", f"cat {queue}")
-    tool("sacct", "echo '9|CANCELLED by 0'")
-    tool(
-        "scancel",
-        f"""case "$*" in
-        9) echo '8|RUNNING|None' > {queue};;
-        --batch*) echo '8|PENDING|BeginTime' > {queue};;
-        8) echo '8|CANCELLED|None' > {queue};;
-    esac""",
-    )
-    put(run, "slurm", "8")
-    put(run, "slurm", "9")
-    said = cancelled(run)
-    assert [call for call in tool.calls() if "scancel" in call] == ["scancel 9", "scancel --batch --signal=TERM 8", "scancel 8"]
-    assert said[0] == "took Slurm job 9 from the queue" and said[1].startswith("asked Slurm job 8 to save and end") and len(said) == 3
-    assert jobs.is_cancelled(run, "slurm", "8") and cancelled(run) == [f"nothing to cancel: {run.path}: cancelled"]
-
-
-@pytest.mark.parametrize(
-    ("scancel", "squeue", "message"),
-    [
-        ("echo 'scancel: error: Kill job error: Access/permission denied' >&2; exit 1", "echo '8|RUNNING|None'",
-         "scancel: scancel: error: Kill job error: Access/permission denied; it is not certain that the job ends"),
-        ("", "if [ -e gone ]; then exit 1; fi; echo > gone; echo '8|RUNNING|None'", "was asked to end, but whether it has is not known: unknown"),
-    ],
-)  # fmt: skip
-def test_slurm_that_does_not_cancel(run, tool, tmp_path, monkeypatch, scancel, squeue, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cancel, "ASK_AGAIN_SECONDS", 0.01)
-    tool("squeue", squeue)
-    tool("scancel", scancel)
-    put(run, "slurm", "8")
-    with pytest.raises(UserError, match=message):
-        cancelled(run)
-
-
-@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
-def test_cancelling_in_kubernetes(run, tool, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(cancel, "ASK_AGAIN_SECONDS", 0.01)
-    tool("kubectl", f'[ "$1" = get ] && [ ! -e {tmp_path}/gone ] && echo {{}}; [ "$1" = get ] || : > {tmp_path}/gone')
-    put(run, "kubernetes", f"team/{kind}/one-1")
-    said = cancelled(run)
-    deleted = [call for call in tool.calls() if "delete" in call]
-    assert re.match(f"kubectl delete {kind}s.* one-1 --namespace=team --cascade=foreground --wait=false$", deleted[0])
-    rest = "configmaps" + ",trainingruntimes.trainer.kubeflow.org" * (kind == "trainjob")
-    assert deleted[1:] == [f"kubectl delete {rest} --namespace=team --ignore-not-found --selector=bigtrain/job=one-1"]
-    assert said[0].startswith(f"deleted {kind} one-1 in namespace team; ") and said[-1].startswith("ended; there is no checkpoint")
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "one").write_text("a file")
+    with pytest.raises(UserError, match=r"run.folder: .*/one/jobs cannot be written \(Not a directory\): slurm job 7 is not recorded"):
+        jobs.record(RunFolder(tmp_path / "one"), "slurm", "7")
