@@ -207,7 +207,7 @@ def test_a_signal_while_machines_are_awaited(cluster, pipes, monkeypatch):
     monkeypatch.setattr(pipes, "start", lambda names: None)
     cluster.signals.add(signal.SIGINT)
     with pytest.raises(StopRequested):
-        cluster.connect(["a"], 20)
+        cluster.connect(["a"])
 
 
 def test_strays_of_an_earlier_start_are_ended(attempt, tmp_path, capfd):
@@ -277,9 +277,10 @@ def test_another_version_is_named(cluster, monkeypatch):
     assert "does not fit this one: install the same version" in cluster.connect(["a"])["a"]
 
 
-def test_no_answer_in_time(cluster, pipes, monkeypatch):
+def test_no_answer_in_time(pipes, monkeypatch):
     monkeypatch.setattr(pipes, "start", lambda names: None)
-    assert cluster.connect(["a"], 0.2) == {"a": "no agent has answered for 0 s"}
+    with local.Signals() as signals, Cluster(pipes, signals, patience=0.2) as cluster:
+        assert cluster.connect(["a"]) == {"a": "no agent has answered for 0 s"}
 
 
 # ---- Questions ----
