@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from bigtrain import cli_jobs, cli_kubernetes, cli_slurm  # noqa: F401 (the last two only add to launch_app)
 from bigtrain.cli_common import SETTINGS, ConfigPath, New, Overrides, RunPath, prepare, require_torch
+from bigtrain.cli_doctor import doctor
 from bigtrain.cli_launch import launch_app, launch_local
 from bigtrain.errors import BadNode, BigtrainError, UserError
 
@@ -157,7 +158,7 @@ def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder
     show(examine(run), Console(highlight=False))
 
 
-for command in (cli_jobs.jobs, cli_jobs.logs, cli_jobs.cancel):
+for command in (cli_jobs.jobs, cli_jobs.logs, cli_jobs.cancel, doctor):
     app.command()(command)
 
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bigtrain.cli_common import SETTINGS, ConfigPath, DryRun, New, Overrides, prepare, require_torch
-from bigtrain.errors import UserError
+from bigtrain.errors import BadNode, UserError
 
 if TYPE_CHECKING:
     from bigtrain.config import Config
     from bigtrain.configfile import Source
     from bigtrain.runfolder import RunFolder
     from bigtrain_launch.cluster import Cluster, Node
+    from bigtrain_launch.hosts import Hosts
     from bigtrain_launch.pool import Pool
     from bigtrain_launch.supervise import Ended
 
@@ -76,18 +77,12 @@ def launch_hosts(
     from bigtrain import configfile
     from bigtrain_launch import environment
     from bigtrain_launch.cluster import Cluster
-    from bigtrain_launch.hosts import Hosts, read_hostfile
     from bigtrain_launch.local import Signals
 
     source = configfile.read(config, overrides or [])
     launch = source.config.launch
-    if (path := hostfile or (Path(launch.hostfile) if launch.hostfile else None)) is None:
-        raise UserError(
-            f"launch.hostfile: not set in {config}; name a file with a line `NAME slots=N` for each machine, or pass --hostfile"
-        )
-    nodes, wanted = _machines(source, read_hostfile(path), path)
+    nodes, wanted, transport = listed(source, hostfile)
     variables = forwarded(source.config) | launch.environment
-    transport = Hosts(f"{launch.venv.rstrip('/')}/bin/python" if launch.venv else sys.executable)
     if dry_run:
         for number, node in enumerate(nodes):
             print(f"# {node.name}: {f'{node.ranks} ranks' if number < wanted else 'spare'}")
@@ -126,9 +121,16 @@ def train_on(cluster: Cluster, pool: Pool, job: Job, variables: Mapping[str, str
 
     launch = job.config.launch
     ready: set[str] = set()
+    passed: set[str] = set()
 
     def check(chosen: Sequence[Node]) -> dict[str, str]:
-        """Have DeepSpeed's ops on every machine before ranks need them."""
+        """Look at machines that have not been seen together, and have DeepSpeed's ops on every one before ranks need them."""
+        names = {node.name for node in chosen}
+        if launch.preflight.enabled and len(names) > 1 and not names <= passed:
+            if unfit := preflight(cluster, chosen, job, variables):
+                return unfit
+            passed.clear()
+            passed.update(names)
         fresh = [node for node in chosen if node.name not in ready]
         failed = cluster.run(fresh, ["ops", "build", *job.argv[1:]], variables)
         ready.update(node.name for node in fresh if node.name not in failed)
@@ -147,11 +149,38 @@ def recorded(run: RunFolder, kind: str, nodes: int | Sequence[str], go: Callable
     return jobs.launch(run, kind, id, go)
 
 
+def preflight(cluster: Cluster, chosen: Sequence[Node], job: Job, variables: Mapping[str, str]) -> dict[str, str]:
+    """Those of these machines that a preflight finds unfit, and why. Raises BadNode where the matter lies with none of them."""
+    from rich.console import Console
+
+    from bigtrain_launch.local import say
+    from bigtrain_launch.preflight import check, show
+
+    verdict = check(cluster, chosen, job.config, job.run, job.argv[1:], variables, say)
+    show(verdict, Console(stderr=True), whole=False)
+    if verdict.failed and not verdict.problems:
+        raise BadNode("the preflight failed, and no machine can be blamed; launch.preflight.enabled=false starts without one")
+    return {name: "; ".join(texts) for name, texts in verdict.problems.items()}
+
+
 def forwarded(config: Config) -> dict[str, str]:
     """The variables of this shell that the ranks are to have. Raises UserError for one that is not set."""
     if absent := [name for name in config.launch.forward if name not in os.environ]:
         raise UserError(f"launch.forward: {', '.join(absent)} not set in this shell; export it, or take it out")
     return {name: os.environ[name] for name in config.launch.forward}
+
+
+def listed(source: Source, hostfile: Path | None) -> tuple[list[Node], int, Hosts]:
+    """The machines of a hostfile to use, how many of them are no spares, and how they are reached. Raises UserError."""
+    from bigtrain_launch.hosts import Hosts, read_hostfile
+
+    launch = source.config.launch
+    if (path := hostfile or (Path(launch.hostfile) if launch.hostfile else None)) is None:
+        raise UserError(
+            f"launch.hostfile: not set in {source.path}; name a file with a line `NAME slots=N` for each machine, or pass --hostfile"
+        )
+    python = f"{launch.venv.rstrip('/')}/bin/python" if launch.venv else sys.executable
+    return *_machines(source, read_hostfile(path), path), Hosts(python)
 
 
 def settle(source: Source, config: Path, overrides: Sequence[str] | None, new: bool) -> Job | None:

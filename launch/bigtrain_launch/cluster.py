@@ -150,8 +150,8 @@ class Cluster:
     ) -> dict[int, dict[str, Any]]:
         """Run `python -m MODULE *argv` as ranks, as `attempt` does, and return the JSON object that each printed last, by rank.
 
-        Missing is who did not end well in time; after a failure the others have GRACE_SECONDS. Empty when machines do not reach
-        the first: `apart` says which.
+        Missing is who printed none, or did not end in time; after a failure the others have GRACE_SECONDS. Empty when machines do not
+        reach the first: `apart` says which.
         """
         meeting, apart = self._meet(nodes, None)
         if apart:
@@ -162,9 +162,9 @@ class Cluster:
             ranks.start(["-m", module, *argv], environment, meeting, "", ANSWER_BYTES)
             while ranks.running and time.monotonic() < until:
                 for one in ranks.ended(POLL_SECONDS):
-                    if one.code == DONE and (answer := _last_object(one.tail)) is not None:
+                    if (answer := _last_object(one.tail)) is not None:
                         answers[one.rank] = answer
-                    else:
+                    if one.code != DONE:
                         until = min(until, time.monotonic() + GRACE_SECONDS)
                 self._heed_signals()
         return answers
@@ -261,11 +261,15 @@ def _clock(answer: Message | None) -> dict[str, float]:
 
 
 def _last_object(text: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(text.strip().splitlines()[-1])
-    except (IndexError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+    """The last line that is a JSON object; what libraries print as they end comes after it."""
+    for line in reversed(text.splitlines()):
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            return found
+    return None
 
 
 def _to_screen(text: str) -> None:
