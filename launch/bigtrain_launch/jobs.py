@@ -161,6 +161,8 @@ def states(jobs: Sequence[Job]) -> list[State]:
     for job in jobs:
         if job.kind == "slurm":
             state = slurm[job.id]
+        elif job.kind == "kubernetes" and job.facts.get("exit_code") == DONE:
+            state = State("done")  # by the launcher's own word; any other end may not be the last
         elif job.kind == "kubernetes":
             state = silent or queues.kubernetes(job.id)
             silent = state if "no answer" in state.why else None

@@ -39,6 +39,7 @@ def test_a_command_is_asked(tool):
     [
         ("echo made/it; echo 'no\033[31m such job' >&2; exit 3", "say: no [31m such job"),
         ("exit 7", "say: exit code 7"),
+        ("echo 'E1128 12:55:13.42 7580 memcache.go:265] Unhandled' >&2; echo 'refused' >&2; exit 1", "say: refused"),
         ("sleep 60 & sleep 60", "say: no answer in 0.5 s"),
         ("sleep 60 & exit 0", "say: no answer in 0.5 s"),  # its child holds the pipe
         ("exec >&- 2>&-; sleep 60", "say: no answer in 0.5 s"),
@@ -259,6 +260,9 @@ def test_kubernetes_that_is_missing_refuses_or_has_no_such_name(tool, run, monke
         put(run, "kubernetes", f"team/jobset/one-{number}")
     assert {str(state) for state in jobs.states(jobs.read(run))} == {"unknown (kubectl: no answer in 0.5 s)"}
     assert sum("one-" in call for call in tool.calls()) == 1
+    jobs.launch(run, "kubernetes", "team/jobset/one-2", lambda: 0)
+    jobs.launch(run, "kubernetes", "team/jobset/one-3", lambda: 77)
+    assert [str(state).split()[0] for state in jobs.states(jobs.read(run))] == ["unknown", "unknown", "done", "unknown", "unknown"]
 
 
 # ---- The table ----
