@@ -32,7 +32,7 @@ INSTEAD = {
     ),
     # srun's variables for the only task of a step; on a real Slurm: tests/cluster.
     "srun --ntasks-per-node 2 bigtrain train configs/quickstart.yaml": (
-        "env SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1"
+        "env SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NODELIST=localhost"
         " bigtrain train configs/quickstart.yaml"
     ),
 }
