@@ -12,27 +12,19 @@ import selectors
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any, Protocol
 
 from bigtrain.errors import BAD_NODE, DONE, StopRequested, UserError
 from bigtrain_launch.channel import PROTOCOL, Channel, Message, one_line
 from bigtrain_launch.local import GRACE_SECONDS, End, Signals, say, watch
-from bigtrain_launch.remote import POLL_SECONDS, Meeting, Remote
+from bigtrain_launch.remote import POLL_SECONDS, Meeting, Node, Remote
 
 CONNECT_SECONDS = 30.0
 """For an agent to answer after it was started; with a scheduler that starts it, and a cold disk, this is little."""
 ANSWER_SECONDS = 20.0  # for a question to an agent
 TAIL_BYTES = 1 << 13  # of what a rank printed, kept in case that it fails
 ANSWER_BYTES = 1 << 20  # the same for a rank that answers in JSON
-
-
-@dataclass(frozen=True)
-class Node:
-    """A machine of a run, and how many ranks it gets."""
-
-    name: str
-    ranks: int
 
 
 class Transport(Protocol):
@@ -230,12 +222,12 @@ class Cluster:
     def _meet(self, nodes: Sequence[Node], port: int | None) -> tuple[dict[str, Meeting], dict[str, str]]:
         """Agree on where the ranks meet, by trying it out: (by machine the way there; who does not get there, and why)."""
         first, *others = [node.name for node in nodes]
-        opened = self._ask([first], "open", ANSWER_SECONDS, port=port).get(first)
+        opened = self._ask([first], "open", ANSWER_SECONDS, port=port, name=first.rpartition("@")[2]).get(first)
         if opened is None:
             return {}, {first: f"{first} is gone: {self.lost(first) or 'its agent does not answer'}"}
         if "problem" in opened:
             raise UserError(f"launch.port: {opened['problem']} on {first}; choose another, or leave it out and a free one is taken")
-        place = {"port": opened["port"], "nonce": opened["nonce"], "addresses": list(dict.fromkeys([first, *opened["addresses"]]))}
+        place = {key: opened[key] for key in ("names", "port", "nonce")}
         answers = self._ask(others, "knock", ANSWER_SECONDS, **place) if others else {}
         visitor = self._ask([first], "met", ANSWER_SECONDS).get(first, {}).get("visitor")
         apart = {}
@@ -273,9 +265,8 @@ def _last_object(text: str) -> dict[str, Any] | None:
 
 
 def _to_screen(text: str) -> None:
-    data = text.encode("utf-8", "surrogateescape")
-    try:
-        sys.stdout.buffer.write(data)
+    rest = memoryview(text.encode("utf-8", "surrogateescape"))
+    with suppress(OSError):  # nobody reads: not worth a run
         sys.stdout.flush()
-    except OSError:  # nobody reads: not worth a run
-        pass
+        while rest:
+            rest = rest[os.write(1, rest) :]

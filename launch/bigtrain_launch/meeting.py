@@ -37,10 +37,11 @@ class Door:
         self._socket.close()
 
 
-def ways_here() -> list[str]:
-    """Addresses by which others may reach this machine: the one by which ssh has come first."""
-    came = os.environ.get("SSH_CONNECTION", "").split()
-    return list(dict.fromkeys([*came[2:3], *(str(address) for _, address in addresses() if not address.is_loopback)]))
+def ways_here(name: str) -> list[str]:
+    """By what others may reach this machine, which the launcher calls `name`, best first. The address by which ssh has come is what
+    that name means to the launcher, which may know it from its ~/.ssh/config alone."""
+    came = os.environ.get("SSH_CONNECTION", "").split()[2:3]
+    return list(dict.fromkeys([*came, name, *(str(address) for _, address in addresses() if not address.is_loopback)]))
 
 
 def knock(names: Sequence[str], port: int, nonce: str, seconds: float) -> dict[str, str]:
