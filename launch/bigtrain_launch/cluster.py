@@ -7,6 +7,7 @@ machines, at the same paths, and agents work in its working directory.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import selectors
 import sys
@@ -188,7 +189,7 @@ class Cluster:
                 self.drop(name, channel.lost)
         return messages
 
-    def send(self, name: str, kind: str, **facts: Any) -> None:
+    def send(self, name: str, kind: str, /, **facts: Any) -> None:
         """Tell a machine's agent something; one that is gone is told nothing."""
         if name in self._channels:
             self._channels[name].send(kind, **facts)
@@ -227,7 +228,7 @@ class Cluster:
             return {}, {first: f"{first} is gone: {self.lost(first) or 'its agent does not answer'}"}
         if "problem" in opened:
             raise UserError(f"launch.port: {opened['problem']} on {first}; choose another, or leave it out and a free one is taken")
-        place = {key: opened[key] for key in ("names", "port", "nonce")}
+        place = {key: opened[key] for key in ("ways", "port", "nonce")}
         answers = self._ask(others, "knock", ANSWER_SECONDS, **place) if others else {}
         visitor = self._ask([first], "met", ANSWER_SECONDS).get(first, {}).get("visitor")
         apart = {}
@@ -237,9 +238,9 @@ class Cluster:
                 apart[name] = f"{name} does not reach {first}, where rank 0 is to be: {why}"
         if len(apart) == len(others) > 1:
             apart = {first: f"no machine reaches {first}, where rank 0 is to be: {next(iter(apart.values())).partition(': ')[2]}"}
-        ways = {name: answer["address"] for name, answer in answers.items() if "address" in answer}
-        meeting = {name: Meeting(address, opened["port"], address) for name, address in ways.items()}
-        return {first: Meeting(next(iter(ways.values()), "127.0.0.1"), opened["port"], visitor), **meeting}, apart
+        reached = {name: answer["address"] for name, answer in answers.items() if "address" in answer}
+        meeting = {name: Meeting(address, opened["port"], address) for name, address in reached.items()}
+        return {first: Meeting(next(iter(reached.values()), "127.0.0.1"), opened["port"], visitor), **meeting}, apart
 
     def _heed_signals(self) -> None:
         if any(True for _ in self.signals.take()):

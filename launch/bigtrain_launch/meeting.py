@@ -44,20 +44,20 @@ def ways_here(name: str) -> list[str]:
     return list(dict.fromkeys([*came, name, *(str(address) for _, address in addresses() if not address.is_loopback)]))
 
 
-def knock(names: Sequence[str], port: int, nonce: str, seconds: float) -> dict[str, str]:
+def knock(ways: Sequence[str], port: int, nonce: str, seconds: float) -> dict[str, str]:
     """Look for the door with this number by each of these names and addresses, for so long each: the `address` that leads there,
     or the `problem` with all of them."""
     problems = []
-    for name in names:
+    for way in ways:
         try:
-            with socket.create_connection((name, port), timeout=seconds) as connection:
+            with socket.create_connection((way, port), timeout=seconds) as connection:
                 with connection.makefile("rb") as answer:
                     found = answer.readline(100).decode(errors="replace").strip()
                 address = connection.getpeername()[0]
         except OSError as error:
-            problems.append(f"{name}: {error.strerror or error}")
+            problems.append(f"{way}: {error.strerror or error}")
             continue
         if found == nonce:
             return {"address": address}
-        problems.append(f"{name}: that is another machine")
+        problems.append(f"{way}: that is another machine")
     return {"problem": f"port {port} is not to be reached ({'; '.join(problems)})"}

@@ -310,9 +310,9 @@ def test_run_once_on_each(cluster, attempt, tmp_path):
     assert cluster.run([A, B], ["ops", "build"], {}) == {"b": "`bigtrain ops` failed there: no compiler"}
 
 
-def test_clocks(cluster):
+def test_clocks(cluster, tmp_path):
     cluster.connect(["a", "b"])
-    facts = cluster.facts([A, B], {})
+    facts = cluster.facts([A, B], {"folder": str(tmp_path), "token": "t"})
     assert list(facts) == ["a", "b"]
     assert all(abs(one["clock"]) <= one["round_trip"] < 5 for one in facts.values())
 
