@@ -12,6 +12,11 @@ test: .venv/.test  ## set up, then style checks and tests
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest tests/interpreted
 
+cluster-tools:  ## install what tests of several machines need (root, Debian); from then on `make test` insists on them
+	.ci/cluster-tools
+	mkdir -p .venv
+	touch .venv/.cluster-tools
+
 kernels: .venv/.test  ## compile every kernel for every GPU that the tables know, and hold it to its budget
 	$(BIN)/python -m bigtrain_kernels.static
 
@@ -28,7 +33,7 @@ clean:  ## remove the environment and what tools left behind; runs/ and data/ st
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/:/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/:/'
 
-.PHONY: train test kernels clean help
+.PHONY: train test cluster-tools kernels clean help
 .NOTPARALLEL:

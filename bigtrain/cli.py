@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
@@ -13,7 +12,11 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from bigtrain.errors import BigtrainError, UserError
+from bigtrain import cli_jobs, cli_kubernetes, cli_slurm  # noqa: F401 (the last two only add to launch_app)
+from bigtrain.cli_common import SETTINGS, ConfigPath, New, Overrides, RunPath, prepare, require_torch
+from bigtrain.cli_doctor import doctor
+from bigtrain.cli_launch import launch_app, launch_local
+from bigtrain.errors import BadNode, BigtrainError, UserError
 
 
 class _Commands(TyperGroup):
@@ -21,25 +24,23 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BigtrainError as error:
-            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks found the same
+            # Of ranks that find the same, one says so; an agent keeps what each says, and lets the first be heard.
+            names = ("LOCAL_RANK", "SLURM_LOCALID") if isinstance(error, BadNode) else ("RANK", "SLURM_PROCID")
+            if "BIGTRAIN_AGENT" in os.environ or next((os.environ[name] for name in names if name in os.environ), "0") == "0":
                 from bigtrain.screen import printable
 
                 print(f"bigtrain: {printable(error)}", file=sys.stderr)
             raise typer.Exit(error.code) from None
 
 
-_settings = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None, "add_completion": False}
-app = typer.Typer(cls=_Commands, help="Train transformers, from a laptop without a GPU to many nodes.", **_settings)
-config_app = typer.Typer(help="Show a config, its schema, or what it becomes for DeepSpeed.", **_settings)
-data_app = typer.Typer(help="Turn text into shards of tokens.", **_settings)
-checkpoint_app = typer.Typer(help="List, verify, compare and prune the checkpoints of a run.", **_settings)
-ops_app = typer.Typer(help="Build DeepSpeed's C++ ops.", **_settings)
-for name, group in (("config", config_app), ("data", data_app), ("checkpoint", checkpoint_app), ("ops", ops_app)):
+app = typer.Typer(cls=_Commands, help="Train transformers, from a laptop without a GPU to many nodes.", **SETTINGS)
+config_app = typer.Typer(help="Show a config, its schema, or what it becomes for DeepSpeed.", **SETTINGS)
+data_app = typer.Typer(help="Turn text into shards of tokens.", **SETTINGS)
+checkpoint_app = typer.Typer(help="List, verify, compare and prune the checkpoints of a run.", **SETTINGS)
+ops_app = typer.Typer(help="Build DeepSpeed's C++ ops.", **SETTINGS)
+GROUPS = (("launch", launch_app), ("config", config_app), ("data", data_app), ("checkpoint", checkpoint_app), ("ops", ops_app))
+for name, group in GROUPS:
     app.add_typer(group, name=name)
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file (YAML).")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that win over the file's.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or one of its checkpoints.")]
 
 
 class Kind(str, Enum):
@@ -57,55 +58,35 @@ def main_options(local_rank: Annotated[int | None, typer.Option("--local_rank", 
 
 
 @app.command()
-def train(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    new: Annotated[bool, typer.Option("--new", help="Start a new run beside one that is there: NAME-2, NAME-3, ...")] = False,
-) -> None:
+def train(config: ConfigPath, overrides: Overrides = None, new: New = False) -> None:
     """Train, or go on with a run that was stopped. Starts the ranks itself, unless a launcher has."""
     from bigtrain import configfile, hardware, opbuild
     from bigtrain.ranks import launched
+    from bigtrain_launch.environment import joining
 
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("torch is not installed in this Python; install bigtrain with its requirements: pip install -c constraints.txt .")
+    if (variables := launched(os.environ)) is None:
+        launch_local(config, overrides, new)
+        return
+    require_torch()
     source = configfile.read(config, overrides or [])
     here = hardware.look()
-    variables = launched(os.environ)
-    if found := hardware.problems(source.config, here, int(variables["WORLD_SIZE"]) if variables else None):
+    if found := hardware.problems(source.config, here, int(variables["WORLD_SIZE"])):
         raise source.error(found)
     os.environ.update(opbuild.environment())
     if here.kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    ops = opbuild.needed(source.config, here.kind)
-    if variables:
-        opbuild.check_locks(ops)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported and ranks meet, Ctrl-C leaves no traceback
-        from bigtrain.logs import RankOutput
+    os.environ.update(joining(os.environ, variables, here))
+    opbuild.check_locks(opbuild.needed(source.config, here.kind))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported and ranks meet, Ctrl-C leaves no traceback
+    from bigtrain.logs import RankOutput
 
-        output = RankOutput()
-        from bigtrain.session import run_rank
+    output = RankOutput()
+    from bigtrain.session import run_rank
 
-        code = run_rank(source.config, here, output, new)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # gloo's threads outlive the interpreter now and then, and abort the process after it has ended well
-
-    from bigtrain.start import complete, create, new_name, open_run, with_data
-    from bigtrain_launch.supervise import supervise
-
-    _prepare(source.config.data)
-    settled = with_data(new_name(source.config) if new else source.config)
-    start = open_run(settled)
-    if start.done:
-        print(complete(start))
-        return
-    opbuild.build(ops, print)
-    create(settled, start.run).close()  # rank 0 does it again; here a folder that cannot be had is known at once
-    arguments = ["train", str(config), *(overrides or []), *([f"run.name={settled.run.name}"] if new else [])]
-    ranks = hardware.ranks(settled, here)
-    environment = hardware.HOST_MEMORY if here.kind == "cpu" and "GLIBC_TUNABLES" not in os.environ else {}
-    threads = max(1, here.cores // ranks)
-    raise typer.Exit(supervise(arguments, ranks, start.run, settled, environment=environment, threads=threads))
+    code = run_rank(source.config, here, output, new)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads outlive the interpreter now and then, and abort the process after it has ended well
 
 
 @app.command()
@@ -177,6 +158,10 @@ def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder
     show(examine(run), Console(highlight=False))
 
 
+for command in (cli_jobs.jobs, cli_jobs.logs, cli_jobs.cancel, doctor):
+    app.command()(command)
+
+
 @config_app.command("show")
 def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
     """The resolved config, with where each value was set."""
@@ -219,7 +204,7 @@ def data_prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     from bigtrain.data.shards import Manifest
 
     data = configfile.load(config, overrides or []).data
-    _prepare(data)
+    prepare(data)
     for name, split in Manifest.read(data.folder).splits.items():
         print(f"{data.folder}: {name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes of text")
 
@@ -327,12 +312,14 @@ def _checkpoints(run: Path) -> list[Path]:
 @ops_app.command("build")
 def ops_build(
     config: Annotated[Path | None, typer.Argument(help="Build what this config needs; left out: all for the CPU.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Compile the ops before anything waits for them; returns at once when they are there."""
     from bigtrain import configfile, hardware, opbuild
 
     os.environ.update(opbuild.environment())
-    opbuild.build(opbuild.needed(configfile.load(config), hardware.look().kind) if config else list(opbuild.ALL), print)
+    needed = opbuild.needed(configfile.load(config, overrides or []), hardware.look().kind) if config else list(opbuild.ALL)
+    opbuild.build(needed, print)
 
 
 @ops_app.command("load", hidden=True)
@@ -342,29 +329,6 @@ def ops_load(op: str) -> None:
     from bigtrain.engine import load_op
 
     load_op(op)
-
-
-def _prepare(data) -> None:
-    """Prepare the data if it is not there yet, with a progress bar."""
-    from bigtrain.data.prepare import prepare
-    from bigtrain.data.shards import MANIFEST
-
-    if (Path(data.folder) / MANIFEST).is_file():
-        prepare(data)  # only compares
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, int] = {}
-
-        def progress(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        prepare(data, progress)
 
 
 def _device():

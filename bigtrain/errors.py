@@ -1,4 +1,4 @@
-"""The two kinds of failure that a person reads, and the exit codes that a scheduler reads."""
+"""The kinds of failure that a person reads, and the exit codes that a scheduler reads."""
 
 DONE = 0
 FAILURE = 1
@@ -27,6 +27,12 @@ class RunError(BigtrainError):
 
 class LostRun(RunError):
     """Another attempt has taken the run over: this one must write no more, and end."""
+
+
+class BadNode(BigtrainError):
+    """A machine cannot do its part of a run, or too many cannot; the message names them, for the others know nothing of it."""
+
+    code = BAD_NODE
 
 
 class StopRequested(BigtrainError):

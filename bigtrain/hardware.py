@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bigtrain.config import Config, batch_arithmetic
+if TYPE_CHECKING:
+    from bigtrain.config import Config
 
 HOST_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """For ranks that compute in host memory: large buffers come and go every step, and in huge pages (where the system gives
@@ -112,6 +114,8 @@ def problems(config: Config, hardware: Hardware, world: int | None = None) -> li
 
     `world` is the number of ranks of the whole run; left out, this machine runs all of them.
     """
+    from bigtrain.config import batch_arithmetic  # here, so that who only looks at a machine needs no pydantic
+
     found = []
     if config.precision == "fp16" and not hardware.fp16:
         found.append(("precision", f"fp16 does not train on a CPU ({hardware.name}); use bf16, fp32 or auto"))

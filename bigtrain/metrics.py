@@ -43,16 +43,22 @@ class Deferred:
         return float(self._host)
 
 
+def data_sheet_tflops(name: str) -> tuple[float, str] | None:
+    """The peak of a GPU in bf16 or fp16, and which one it is, or None for one that the table does not know."""
+    for known, peak in PEAK_TFLOPS.items():
+        if re.match(rf"{known}(?![A-Za-z0-9])(?!.*MIG)", name):  # an L40 is no L4, and a slice of a GPU is not the GPU
+            return peak, known
+    return None
+
+
 def peak_tflops(name: str, precision: str, device: torch.device) -> tuple[float, str]:
     """TFLOP/s that one rank's device can multiply at best, and where the figure is from.
 
     From the data sheet for a known GPU in bf16 or fp16; else the best of a few large matmuls, measured now (0.1 s), which a
     model can approach but hardly pass. Every rank should call it at once: they may share the machine's cores.
     """
-    if device.type == "cuda" and precision != "fp32":
-        for known, peak in PEAK_TFLOPS.items():
-            if re.match(rf"{known}(?![A-Za-z0-9])(?!.*MIG)", name):  # an L40 is no L4, and a slice of a GPU is not the GPU
-                return peak, f"data sheet of {known}"
+    if device.type == "cuda" and precision != "fp32" and (known := data_sheet_tflops(name)):
+        return known[0], f"data sheet of {known[1]}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)

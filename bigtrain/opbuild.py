@@ -6,6 +6,8 @@ start would wait on it for ever. So ops are built before ranks start, and a lock
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -13,13 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-from bigtrain.config import Config
 from bigtrain.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from bigtrain.config import Config
 
 ALL = ("deepspeed_shm_comm", "cpu_adam", "cpu_lion")
 """Ops that this machine can build without a GPU: collectives through shared memory, AdamW and Lion in host memory."""
 YOUNG_SECONDS = 10  # a lock this fresh may belong to a build that has not started its compiler yet
+POLL_SECONDS = 0.2
 
 
 def needed(config: Config, accelerator: str) -> list[str]:
@@ -52,35 +58,45 @@ def missing(ops: list[str]) -> list[str]:
 
 
 def check_locks(ops: list[str], root: Path = Path("/proc")) -> None:
-    """Raise UserError for a lock that a dead build left behind: no compiler works in its folder."""
-    for op in ops:
-        lock = folder() / op / "lock"
-        try:
-            age = time.time() - lock.stat().st_mtime
-        except OSError:
-            continue
-        if age > YOUNG_SECONDS and not _compiling(lock.parent, root):
-            raise UserError(
-                f"{lock}: left {age / 60:.0f} minutes ago by a build of DeepSpeed's {op} that died; every start would wait for it. "
-                f"If no other machine is building there, remove it: rm {lock}"
-            )
+    """Raise UserError for a lock that a dead build left behind: no compiler works in its folder, and no process holds the right
+    to build there."""
+    dead = _dead_locks(ops, root)
+    if not dead or (right := _right()) is None:
+        return
+    right.close()
+    raise UserError("\nbigtrain: ".join(dead))
 
 
 def build(ops: list[str], say: Callable[[str], None]) -> None:
-    """Compile what is missing of `ops`, each in a process of its own, as many at once as there are.
+    """Compile what is missing of `ops`, each in a process of its own, as many at once as there are. One process at a time builds
+    in a folder, also when several machines share it; the others wait for it.
 
-    Raises UserError without a compiler, RunError with the end of the compiler's output when a build fails.
+    Raises UserError without a compiler, without a folder or where a dead build bars the way, RunError with the end of the
+    compiler's output when a build fails.
     """
     check_locks(ops)
-    todo = missing(ops)
+    if not missing(ops):
+        return
+    if (right := _right()) is None:
+        say("waiting for another process, which is building DeepSpeed's ops")
+        while (right := _right()) is None:
+            time.sleep(POLL_SECONDS)
+    with right:
+        if dead := _dead_locks(ops):
+            raise UserError("\nbigtrain: ".join(dead))
+        _build(missing(ops), say, right)
+
+
+def _build(todo: list[str], say: Callable[[str], None], right: TextIO) -> None:
     if not todo:
         return
     if not (shutil.which("c++") or shutil.which("g++")):
         raise UserError(f"DeepSpeed needs a C++ compiler to build {', '.join(todo)}; install g++ (Debian: apt-get install g++)")
     say(f"building DeepSpeed's {', '.join(todo)}: about a minute, once")
     command = [sys.executable, "-m", "bigtrain", "ops", "load"]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    started = [(op, subprocess.Popen([*command, op], env={**os.environ, **environment()}, **pipe)) for op in todo]
+    # Who outlives this process keeps the right until it is done.
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace", "pass_fds": [right.fileno()]}
+    started = [(op, subprocess.Popen([*command, op], env={**os.environ, **environment()}, **options)) for op in todo]
     failed = []
     for op, process in started:
         output, _ = process.communicate()
@@ -88,6 +104,42 @@ def build(ops: list[str], say: Callable[[str], None]) -> None:
             failed.append(f"{op}:\n" + "\n".join(output.splitlines()[-15:]))
     if failed:
         raise RunError("DeepSpeed's ops did not build.\n" + "\n".join(failed))
+
+
+def _right() -> TextIO | None:
+    """The right to build in the folder, until it is closed; None while another process has it. The system takes it back however
+    its holder ends. A file system that knows no locks gives it to everybody: there is torch's own lock then. Raises UserError."""
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        file = open(folder() / ".building", "a")  # noqa: SIM115 (the caller's, while it builds)
+    except OSError as error:
+        raise UserError(
+            f"{folder()}: DeepSpeed's ops are to be built there: {error.strerror}; set TORCH_EXTENSIONS_DIR to another folder"
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.close()
+            return None
+    return file
+
+
+def _dead_locks(ops: list[str], root: Path = Path("/proc")) -> list[str]:
+    """What to say of locks without a compiler."""
+    found = []
+    for op in ops:
+        lock = folder() / op / "lock"
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except OSError:
+            continue
+        if age > YOUNG_SECONDS and not _compiling(lock.parent, root):
+            found.append(
+                f"{lock}: left {age / 60:.0f} minutes ago by a build of DeepSpeed's {op} that died; every start would wait for it. "
+                f"If no other machine is building there, remove it: rm {lock}"
+            )
+    return found
 
 
 def _compiling(place: Path, root: Path) -> bool:

@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,6 +52,39 @@ def test_a_young_lock_and_a_live_compiler_are_left_alone(folder, tmp_path):
     opbuild.check_locks([OP], tmp_path / "proc")
     lock(folder, 3000)
     opbuild.check_locks([OP], process(tmp_path / "proc", 7, folder))
+
+
+def test_the_lock_of_a_build_elsewhere_is_left_alone(folder, tmp_path):
+    """Its compiler is not to be seen from here, on another machine that shares the folder; that it holds the right to build is."""
+    lock(folder, 3000)
+    with opbuild._right():
+        opbuild.check_locks([OP], tmp_path / "proc")
+
+
+def test_a_second_build_waits_for_the_first_and_does_nothing(folder):
+    said: list[str] = []
+    right = opbuild._right()
+    waiting = threading.Thread(target=opbuild.build, args=([OP], said.append))
+    waiting.start()
+    while not said and waiting.is_alive():
+        time.sleep(0.01)
+    (folder / f"{OP}.so").touch()
+    right.close()
+    waiting.join(timeout=30)
+    assert said == ["waiting for another process, which is building DeepSpeed's ops"]
+
+
+def test_a_builder_keeps_the_right_when_its_parent_dies(python):
+    python("ls -l /proc/$$/fd | grep -q '/ops/.building$' && touch $TORCH_EXTENSIONS_DIR/$5/$5.so")
+    opbuild.build([OP], lambda text: None)
+    opbuild._right().close()
+
+
+def test_a_folder_that_cannot_be_had(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file/ops"))
+    with pytest.raises(UserError, match=r"file/ops: DeepSpeed's ops are to be built there: Not a directory; set TORCH_EXTENSIONS_DIR"):
+        opbuild.build([OP], print)
 
 
 def test_where_ops_are_built():

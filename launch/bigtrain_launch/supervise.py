@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from bigtrain.config import Config
 from bigtrain.configlaunch import Restarts
 from bigtrain.errors import DONE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE
 from bigtrain.runfolder import OWNER, RunFolder, read_json
-from bigtrain_launch.local import POLL_SECONDS, End, Signals, killed_by, launch, say
+from bigtrain_launch.local import POLL_SECONDS, End, Signals, killed_by, say
 
 LONGEST_BACKOFF = 60.0
 
@@ -32,10 +32,12 @@ class Ended:
     """Starting again may help: it crashed or hung, and neither the run nor a person has decided on this end."""
     step: int = 0
     position: int = 0
+    lost: bool = False
+    """A machine was lost: that is no crash of the run's own."""
 
     def same(self, other: Ended) -> bool:
         """The same crash at the same place; numbers in the reason (times, addresses, ports) do not count."""
-        return self._place() == other._place()
+        return not self.lost and self._place() == other._place()
 
     def _place(self) -> tuple[Any, ...]:
         return self.step, self.position, self.code, re.sub(r"0x[0-9a-fA-F]+|\d+", "#", self.reason)
@@ -63,34 +65,38 @@ def decide(ends: Sequence[Ended], settings: Restarts) -> Decision:
     return Decision(None, last.reason, min(LONGEST_BACKOFF, settings.backoff * 2.0 ** min(len(before), 32)))
 
 
-def supervise(argv: Sequence[str], ranks: int, run: RunFolder, config: Config, *, environment: Mapping[str, str], threads: int) -> int:
-    """Run `bigtrain *argv`, which trains `run`, as `ranks` processes on this machine until there is nothing more to try, and
-    return the exit code. See bigtrain_launch.local.launch for `environment` and `threads`, and for what it raises."""
-    shared = {**environment, OWNER: secrets.token_hex(8)}
-    ends: list[Ended] = []
-    with Signals() as signals:
-        while True:
-            before = run.attempts()
-            end = launch(argv, ranks, port=config.launch.port, environment=shared, threads=threads)
-            attempt = next(iter(reversed([n for n in run.attempts() if n not in before])), None)
-            ends.append(judge(run, attempt, end))
-            decision = decide(ends, config.restarts)
-            if attempt:
-                _complete(run, attempt, ends[-1], decision)
-            if decision.code is None:
-                tries = f"restart {len(ends)} of {config.restarts.max} in {decision.wait:g} s"
-                say(f"{_line(decision.why)}; starting again from the newest checkpoint ({tries})")
-                if _wait(decision.wait, signals):
-                    say("stopped on request between two attempts; the same command goes on")
-                    return STOPPED
-                continue
-            if decision.code == SAME_CRASH:
-                say(f"{_line(decision.why)}; starting again would not help")
-            elif ends[-1].again and len(ends) > 1:
-                say(f"giving up after {len(ends) - 1} restart{'s' * (len(ends) > 2)}: {_line(decision.why)}")
-            if decision.code not in (DONE, STOPPED, USER_MISTAKE):
-                say(f"`bigtrain diagnose {run.path}` tells more")
-            return decision.code
+def supervise(
+    start: Callable[[Mapping[str, str]], End], run: RunFolder, config: Config, signals: Signals, earlier: Sequence[Ended] = ()
+) -> int:
+    """Let `start` run the ranks that train `run` until there is nothing more to try, and return the exit code.
+
+    `start` gets variables that the ranks must have, returns how they ended, and has said so on the screen. What it raises
+    passes through. One of `signals` between two starts ends it. `earlier`: ends that count as if they had been here.
+    """
+    own = {OWNER: secrets.token_hex(8)}
+    ends = list(earlier)
+    while True:
+        before = run.attempts()
+        end = start(own)
+        attempt = next(iter(reversed([n for n in run.attempts() if n not in before])), None)
+        ends.append(judge(run, attempt, end))
+        decision = decide(ends, config.restarts)
+        if attempt:
+            _complete(run, attempt, ends[-1], decision)
+        if decision.code is None:
+            tries = f"restart {len(ends)} of {config.restarts.max} in {decision.wait:g} s"
+            say(f"{_line(decision.why)}; starting again from the newest checkpoint ({tries})")
+            if _wait(decision.wait, signals):
+                say("stopped on request between two attempts; the same command goes on")
+                return STOPPED
+            continue
+        if decision.code == SAME_CRASH:
+            say(f"{_line(decision.why)}; starting again would not help")
+        elif ends[-1].again and len(ends) > 1:
+            say(f"giving up after {len(ends) - 1} restart{'s' * (len(ends) > 2)}: {_line(decision.why)}")
+        if decision.code not in (DONE, STOPPED, USER_MISTAKE) and run.attempts():
+            say(f"`bigtrain diagnose {run.path}` tells more")
+        return decision.code
 
 
 def judge(run: RunFolder, attempt: int | None, end: End) -> Ended:
@@ -99,13 +105,15 @@ def judge(run: RunFolder, attempt: int | None, end: End) -> Ended:
     step, position = max(((b["step"], b["position"]) for b in beats), default=(0, 0))
     reason, may_help = _reason(run, attempt, end, [b for b in beats if "exit_code" in b])
     again = may_help and not end.asked and end.code not in (DONE, STOPPED, USER_MISTAKE)
-    return Ended(end.code, reason, again, step, position)
+    return Ended(end.code, reason, again, step, position, bool(end.gone))
 
 
 def _reason(run: RunFolder, attempt: int | None, end: End, last_words: list[dict[str, Any]]) -> tuple[str, bool]:
     """Why the attempt ended, and whether starting again may help. Who lost another rank is asked last."""
+    if end.reason:
+        return end.reason, bool(end.suspects)
     if end.killed_by:
-        return f"rank {end.rank} {killed_by(end.killed_by)}", True
+        return f"rank {end.rank}{f' on {end.host}' if end.host else ''} {killed_by(end.killed_by)}", True
     if attempt is None:
         return "the ranks failed before the run was opened", False
     if end.code == HANG:
@@ -124,8 +132,9 @@ def _complete(run: RunFolder, attempt: int, ended: Ended, decision: Decision) ->
     code = SAME_CRASH if decision.code == SAME_CRASH else ended.code
     if (record.get("exit_code"), record.get("reason")) == (code, ended.reason):
         return
+    facts = {"lost": True} if ended.lost else {}
     try:
-        run.end_attempt(attempt, code, decision.why if code == SAME_CRASH else ended.reason, ended.again, facts={}, replace=True)
+        run.end_attempt(attempt, code, decision.why if code == SAME_CRASH else ended.reason, ended.again, facts, replace=True)
     except OSError as error:
         say(f"warning: {run.record(attempt)} not written: {error}")
 

@@ -7,22 +7,46 @@ can lose its power or its cable, be slow, or be booted again. Needs root and ipr
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 INIT = "import os,time\nwhile 1:\n try: os.wait()\n except ChildProcessError: time.sleep(.05)"  # a node's process 1 reaps orphans
 
+MARK = Path(__file__).parents[2] / ".venv/.cluster-tools"
 
-def missing() -> str | None:
-    """Why nodes cannot be made here, None where they can."""
+
+def missing(programs: Sequence[str] = ()) -> str | None:
+    """Why nodes on which `programs` run cannot be made here, None where they can."""
     if os.geteuid() != 0:
         return "needs root"
-    lacking = [tool for tool in ("ip", "tc", "nsenter", "unshare", "setpriv") if not shutil.which(tool)]
-    return f"{', '.join(lacking)} not installed: make cluster-tools" if lacking else None
+    lacking = [tool for tool in ("ip", "tc", "nsenter", "unshare", "setpriv", "ps", *programs) if not shutil.which(tool)]
+    if lacking:
+        return f"{', '.join(lacking)} not installed"
+    if subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "true"], capture_output=True).returncode:
+        return "root may not make namespaces here (a container without CAP_SYS_ADMIN?)"
+    return None
+
+
+def insisted() -> str | None:
+    """Why tests of several machines must run here, None where they need not."""
+    if os.environ.get("CI") == "true":
+        return "CI=true"
+    return "`make cluster-tools` has run" if MARK.exists() else None
+
+
+def tag(kind: str) -> str:
+    """A name for this test run's set of nodes; the networks of earlier runs' sets, which a kill has left, are removed."""
+    for left in Path("/run/netns").glob(f"{kind}[0-9]*-*"):
+        owner = re.match(rf"{kind}(\d+)-", left.name)
+        if owner and not Path("/proc", owner[1]).exists():
+            subprocess.run(["ip", "netns", "del", left.name], capture_output=True)
+    return f"{kind}{os.getpid()}"
 
 
 def sh(command: str) -> str:
@@ -75,6 +99,10 @@ class Nodes:
             time.sleep(0.01)
         first = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
         self._running[name] = process, first
+
+    def up_names(self) -> list[str]:
+        """Nodes that are not switched off."""
+        return list(self._running)
 
     def command(self, name: str, argv: list[str]) -> list[str]:
         """`argv` to be run on a node, in this working directory."""
