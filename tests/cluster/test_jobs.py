@@ -13,6 +13,9 @@ from bigtrain.errors import STOPPED, USER_MISTAKE
 from bigtrain_launch import jobs
 
 SAVING = """
+if rank == 0 and "SLURM_JOB_ID" in os.environ:  # as a real rank 0 records it
+    begin = {"job": os.environ["SLURM_JOB_ID"], "token": os.environ["BIGTRAIN_ATTEMPT"]}
+    json.dump(begin, open(f"{run}/attempts/{attempt}/attempt.json", "w"))
 def save(number, frame):
     if rank == 0:
         time.sleep(1)
