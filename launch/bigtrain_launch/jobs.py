@@ -147,12 +147,6 @@ def mark_cancelled(job: Job) -> None:
     note(job, cancelled=time.time())
 
 
-def is_cancelled(run: RunFolder, kind: str, id: str) -> bool:
-    """Whether `bigtrain cancel` was asked to end this job: for a job that would otherwise begin again."""
-    job = find(run, kind, id)
-    return job is not None and bool(job.facts.get("cancelled"))
-
-
 def states(jobs: Sequence[Job]) -> list[State]:
     """How each job stands. Schedulers are asked once for all, and none of them can make this fail or wait for long."""
     slurm = queues.slurm([job.id for job in jobs if job.kind == "slurm"])
@@ -161,7 +155,7 @@ def states(jobs: Sequence[Job]) -> list[State]:
     for job in jobs:
         if job.kind == "slurm":
             state = slurm[job.id]
-            if state.word == "failed" and job.attempts:  # so Slurm calls every exit code but 0
+            if state.word in ("failed", "ended") and job.attempts:  # every exit code but 0; a job that Slurm has forgotten
                 state = _left(job)
         elif job.kind == "kubernetes" and job.facts.get("exit_code") == DONE:
             state = State("done")  # by the launcher's own word; any other end may not be the last

@@ -150,6 +150,8 @@ def _check(job: Job) -> None:
                 f"launch.kubernetes.node_selector: {label}: {value!r} is no label of a node; see `kubectl get nodes --show-labels`"
             )
     workdir, run = PurePosixPath(pods.workdir), PurePosixPath(pods.workdir, job.run)
+    if workdir == PurePosixPath("/"):
+        raise UserError("launch.kubernetes.workdir: the claim mounted at / would hide the image; give a folder, as in /workspace")
     if ".." in run.parts or workdir not in run.parents:
         raise UserError(
             f"run.folder: {job.run} is not below launch.kubernetes.workdir ({workdir}), where the claim is mounted, and would be gone with"

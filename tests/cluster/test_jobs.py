@@ -87,6 +87,6 @@ def test_under_slurm(in_slurm, slurm):
     assert asked.returncode == 0 and told[-1] == "bigtrain: ended; the same command goes on from step-00000007", asked.stderr
     assert told[0] == f"bigtrain: took Slurm job {numbers[1]} from the queue" and f"asked Slurm job {numbers[0]} to save" in told[1]
     assert table() == [["slurm", "2", "stopped"], ["slurm", "2", "cancelled"]]
-    assert run.attempts() == [1] and all(jobs.is_cancelled(run, "slurm", number) for number in numbers)
+    assert run.attempts() == [1] and all(jobs.find(run, "slurm", number).facts["cancelled"] for number in numbers)
     without = in_slurm.bigtrain("head", "jobs", "runs/slurm", **slurm.environment | {"SLURM_CONF": "/nowhere"})
     assert [row[-1].split()[0] for row in rows(without)] == ["unknown", "unknown"]

@@ -201,10 +201,11 @@ def test_slurm_jobs(tool):
     )
 
 
-def test_what_slurm_calls_failed_has_a_better_name(run, tool, put, attempt):
-    tool("squeue", "echo '7|FAILED|NonZeroExitCode'")
+@pytest.mark.parametrize(("squeue", "state"), [("echo '7|FAILED|NonZeroExitCode'", "failed"), ("echo '8|RUNNING|None'", "ended")])
+def test_what_slurm_calls_failed_or_forgets_has_a_better_name(run, tool, put, attempt, squeue, state):
+    tool("squeue", squeue)
     put(run, "slurm", "7")
-    assert str(jobs.states(jobs.read(run))[0]) == "failed"
+    assert str(jobs.states(jobs.read(run))[0]).startswith(state)
     attempt(run, 1, job="7", **end(75))
     assert str(jobs.states(jobs.read(run))[0]) == "stopped"
 
