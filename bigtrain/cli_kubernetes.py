@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import typer
 
 from bigtrain.cli_common import ConfigPath, DryRun, Overrides
-from bigtrain.cli_launch import check_batch, launch_app, machines, settle, train_on
+from bigtrain.cli_launch import check_batch, launch_app, machines, settle, show_environment, train_on
 from bigtrain.errors import DONE
 
 
@@ -28,6 +29,7 @@ def launch_kubernetes(config: ConfigPath, overrides: Overrides = None, dry_run: 
     manifests = kubernetes.render(job)
     if dry_run:
         print(kubernetes.dump(manifests), end="")
+        show_environment(launch, sys.stderr)
         return
     kubernetes.submit(job, manifests)
     jobs.record(run, "kubernetes", job.id, nodes=job.pods)

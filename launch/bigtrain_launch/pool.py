@@ -88,7 +88,7 @@ def start_on(
             late = read_json(run.hang(new[-1])).get("late", [])
             suspects = tuple(dict.fromkeys([*suspects, *(hosts[rank] for rank in late)]))
         if not end.asked:
-            pool.blame(suspects, end.gone, end.reason or f"exit code {end.code}")
+            pool.blame(suspects, end.gone, end.reason or f"rank {end.rank} ended with exit code {end.code}")
         return end
 
     return start

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -207,7 +208,7 @@ def test_a_signal_while_machines_are_awaited(cluster, pipes, monkeypatch):
     monkeypatch.setattr(pipes, "start", lambda names: None)
     cluster.signals.add(signal.SIGINT)
     with pytest.raises(StopRequested):
-        cluster.connect(["a"], 20)
+        cluster.connect(["a"])
 
 
 def test_strays_of_an_earlier_start_are_ended(attempt, tmp_path, capfd):
@@ -277,9 +278,10 @@ def test_another_version_is_named(cluster, monkeypatch):
     assert "does not fit this one: install the same version" in cluster.connect(["a"])["a"]
 
 
-def test_no_answer_in_time(cluster, pipes, monkeypatch):
+def test_no_answer_in_time(pipes, monkeypatch):
     monkeypatch.setattr(pipes, "start", lambda names: None)
-    assert cluster.connect(["a"], 0.2) == {"a": "no agent has answered for 0 s"}
+    with local.Signals() as signals, Cluster(pipes, signals, patience=0.2) as cluster:
+        assert cluster.connect(["a"]) == {"a": "no agent has answered for 0 s"}
 
 
 # ---- Questions ----
@@ -308,20 +310,26 @@ def test_run_once_on_each(cluster, attempt, tmp_path):
     assert cluster.run([A, B], ["ops", "build"], {}) == {"b": "`bigtrain ops` failed there: no compiler"}
 
 
-def test_clocks(cluster):
+def test_clocks(cluster, tmp_path):
     cluster.connect(["a", "b"])
-    facts = cluster.facts([A, B], {})
+    facts = cluster.facts([A, B], {"folder": str(tmp_path), "token": "t"})
     assert list(facts) == ["a", "b"]
     assert all(abs(one["clock"]) <= one["round_trip"] < 5 for one in facts.values())
 
 
-def test_many_agents_start_in_time(tmp_path, cluster, attempt):
-    """32 on this machine, each with a rank that ends at once."""
+def test_many_agents_start_in_time(attempt, pipes, cluster, tmp_path):
+    """32 on this machine, each with a rank that ends at once: under 10 s with two cores of its own."""
     nodes = [Node(f"n{number}", 1) for number in range(32)]
-    begun = time.monotonic()
+    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     assert cluster.connect([node.name for node in nodes]) == {}
     assert attempt("open(str(rank), 'w')", nodes) == End(DONE)
-    assert time.monotonic() - begun < 10
+    wall = time.monotonic() - begun
+    for node in nodes:
+        cluster.drop(node.name, "done")
+    pipes.close()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert wall < 10 or computed / 2 < 10 < wall < 60  # others use the cores as well
     assert sorted(int(path.name) for path in tmp_path.glob("[0-9]*")) == list(range(32))
 
 

@@ -2,9 +2,23 @@
 
 import pytest
 
-from bigtrain.errors import BadNode
+from bigtrain.config import Config
+from bigtrain.configlaunch import Restarts
+from bigtrain.errors import BAD_NODE, HANG, SAME_CRASH, BadNode
+from bigtrain.runfolder import RunFolder
+from bigtrain_launch import local
 from bigtrain_launch.cluster import Node
-from bigtrain_launch.pool import Pool
+from bigtrain_launch.pool import Pool, start_on
+from bigtrain_launch.supervise import supervise
+
+CONFIG = Config.model_validate(
+    {
+        "model": {"layers": 1, "width": 8, "heads": 1, "mlp_width": 8, "max_positions": 8},
+        "data": {"sequence_length": 8},
+        "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
+        "optimizer": {"lr": 1.0},
+    }
+)
 
 
 def pool(count: int = 3, wanted: int = 2, least: int = 2, failures: int = 2) -> Pool:
@@ -65,3 +79,55 @@ def test_the_only_one_is_not_left_out():
     for _ in range(5):
         machines.blame(["n1"], [], "ValueError")
     assert take(machines) == ["n1"]
+
+
+# ---- With agents and ranks ----
+
+RANK = """
+import json, os, sys
+rank, run, node = int(os.environ["RANK"]), os.environ["BIGTRAIN_RUN"], os.environ["BIGTRAIN_NODE"]
+if rank == 0:
+    tries = 1 + len(os.listdir(f"{run}/attempts"))
+    os.makedirs(f"{run}/attempts/{tries}/heartbeat")
+print(node, file=open(f"{run}/ranks", "a"), flush=True)
+"""
+
+
+@pytest.fixture
+def supervised(cluster, tmp_path, monkeypatch):
+    """Let the ranks on two of three machines run a script, as often as supervise wants: (exit code, their machines in order)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.4)
+    (tmp_path / "bigtrain").mkdir()
+    (tmp_path / "bigtrain/__init__.py").touch()
+    run = RunFolder(tmp_path / "r")
+    (run.path / "attempts").mkdir(parents=True)
+
+    def start(script: str, **checks) -> tuple[int, list[str]]:
+        (tmp_path / "bigtrain/__main__.py").write_text(RANK + script)
+        config = CONFIG.model_copy(update={"restarts": Restarts(backoff=0.01)})
+        code = supervise(start_on(cluster, pool(), run, ["train"], {}, port=None, **checks), run, config, cluster.signals)
+        return code, (run.path / "ranks").read_text().split() if (run.path / "ranks").exists() else []
+
+    return start
+
+
+def test_a_machine_that_kills_its_ranks_is_left_out(supervised, capfd):
+    """Three kills at the same place: were it not for the machines, the second would be called a bug."""
+    code, machines = supervised("import time\nif node == 'n2': time.sleep(0.3); os.kill(os.getpid(), 9)\nif tries < 3: time.sleep(60)")
+    assert code == SAME_CRASH and sorted(machines) == ["n1", "n1", "n2", "n2"]
+    assert "n2 is left out: it has failed 2 times, the last time: rank 1 ended with exit code 1" in capfd.readouterr().err
+
+
+def test_who_is_late_in_a_hang_is_to_blame(supervised, capfd):
+    hang = "json.dump({'late': [1], 'reason': f'rank 1 is late {os.getppid()}'}, open(f'{run}/attempts/{tries}/hang.json', 'w'))"
+    beat = "json.dump({'step': tries, 'position': 0}, open(f'{run}/attempts/{tries}/heartbeat/rank-00000.json', 'w'))"
+    code, machines = supervised(f"if rank == 0 and tries < 3: {hang}; {beat}; sys.exit({HANG})\nif rank and node == 'n2': sys.exit({HANG})")
+    assert code == 0 and sorted(machines[-2:]) == ["n1", "n3"]
+    assert "n2 is left out: it has failed 2 times" in capfd.readouterr().err
+
+
+def test_no_rank_starts_on_too_few_machines(supervised, pipes, capfd):
+    pipes.dead = {"n2": "no route", "n3": "no route"}
+    assert supervised("") == (BAD_NODE, [])
+    assert "bigtrain: 2 machines are needed and 1 left: look at n2, n3" in capfd.readouterr().err
