@@ -54,7 +54,7 @@ def launch_slurm(
     named = [[f"run.name={settings.run.name}-{number}"] for number in range(1, len(points) + 1)] if sweep else [[]]
     sources = [configfile.read(config, [*given, *point, *name]) for point, name in zip(points, named)]
     configs = [_settled(each, new) for each in sources]
-    if ends := [end for each in configs if (end := _complete(each))]:
+    if not dry_run and (ends := [end for each in configs if (end := _complete(each))]):
         print("\n".join(ends))
         if len(ends) == len(configs):
             return
