@@ -73,8 +73,9 @@ def launch_slurm(
     if dry_run:
         print(script, end="", flush=True)
         planned = ranks.show(ranks.planned(settings.launch.environment), settings.launch.environment, settings.launch.forward)
-        submission = f"# submitted by: {shlex.join(slurm.command(job.file('sbatch'), first))}"
-        print(submission, "# variables of each rank:", *planned, sep="\n", file=sys.stderr)
+        links = [first, *["afterany:JOB-BEFORE"] * (chain - 1)]
+        submissions = [f"# submitted by: {shlex.join(slurm.command(job.file('sbatch'), link))}" for link in links]
+        print(*submissions, "# variables of each rank:", *planned, sep="\n", file=sys.stderr)
         return
     _write(job, script, configs)
     submitted = 0
