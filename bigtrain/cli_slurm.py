@@ -71,7 +71,8 @@ def launch_slurm(
     environment = slurm.environment(os.environ, forwarded(settings))
     if dry_run:
         print(script, end="", flush=True)
-        print(f"# submitted by: {shlex.join(slurm.command(job.file('sbatch'), first))}", file=sys.stderr)
+        for link in [first, *["afterany:JOB-BEFORE"] * (chain - 1)]:
+            print(f"# submitted by: {shlex.join(slurm.command(job.file('sbatch'), link))}", file=sys.stderr)
         show_environment(settings.launch, sys.stderr)
         return
     _write(job, script, configs)
