@@ -47,7 +47,7 @@ setup(
         "wandb>=0.19",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.14", "hypothesis>=6"],
+        "test": ["pytest>=8", "ruff>=0.14", "hypothesis>=6", "kubernetes-validate>=1.31", "kubeflow-trainer-api>=2.1"],
         "bench": ["accelerate>=1.1", "liger-kernel>=0.6; platform_system == 'Linux'", "fla-core>=0.4; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["bigtrain = bigtrain.cli:main"]},

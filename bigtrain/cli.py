@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from bigtrain import cli_jobs, cli_kubernetes, cli_slurm  # noqa: F401 (the last two only add to launch_app)
 from bigtrain.cli_common import SETTINGS, ConfigPath, New, Overrides, RunPath, prepare, require_torch
 from bigtrain.cli_doctor import doctor
 from bigtrain.cli_launch import launch_app, launch_local
@@ -157,7 +158,8 @@ def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder
     show(examine(run), Console(highlight=False))
 
 
-app.command()(doctor)
+for command in (doctor, cli_jobs.jobs, cli_jobs.logs, cli_jobs.cancel):
+    app.command()(command)
 
 
 @config_app.command("show")

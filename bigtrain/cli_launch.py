@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from bigtrain.runfolder import RunFolder
     from bigtrain_launch.cluster import Cluster, Node
     from bigtrain_launch.hosts import Hosts
+    from bigtrain_launch.pool import Pool
+    from bigtrain_launch.supervise import Ended
 
 launch_app = typer.Typer(help="Train on this machine, on a list of hosts, under Slurm or Kubernetes.", **SETTINGS)
 
@@ -39,8 +41,13 @@ def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = Fal
     require_torch()
     source = configfile.read(config, overrides or [])
     here = hardware.look()
-    if found := hardware.problems(source.config, here):
+    found = hardware.problems(source.config, here)
+    if (nodes := source.config.launch.nodes) > 1:
+        found.append(("launch.nodes", f"{nodes} machines, but this trains on one; use launch hosts, slurm or kubernetes, or set it to 1"))
+    if found:
         raise source.error(found)
+    if (allocated := os.environ.get("SLURM_JOB_NUM_NODES", "1")) != "1":
+        local.say(f"warning: this Slurm job has {allocated} machines, and one trains; all do with bigtrain launch slurm, or under srun")
     ranks = hardware.ranks(source.config, here)
     chosen = source.config.launch.environment
     settings = environment.rank_environment(environment.Place(here, ranks, 1, None), {**os.environ, **chosen})
@@ -49,7 +56,7 @@ def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = Fal
         print(*environment.show(settings, chosen, []), sep="\n")
         return
     os.environ.update(opbuild.environment())
-    if (job := _settle(source, config, overrides, new)) is None:
+    if (job := settle(source, config, overrides, new)) is None:
         return
     opbuild.build(opbuild.needed(job.config, here.kind), print)
     variables = {setting.name: setting.value for setting in settings} | chosen
@@ -59,7 +66,7 @@ def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = Fal
         return local.launch(job.argv, ranks, port=port, environment={**variables, **own}, threads=threads)
 
     with local.Signals() as signals:
-        raise typer.Exit(supervise(start, job.run, job.config, signals))
+        raise typer.Exit(recorded(job.run, "local", 1, lambda: supervise(start, job.run, job.config, signals)))
 
 
 @launch_app.command("hosts")
@@ -83,10 +90,11 @@ def launch_hosts(
         print(f"# each rank: python -m bigtrain {shlex.join(_arguments(config, overrides, None))}")
         print(*environment.show(environment.planned(launch.environment), launch.environment, launch.forward), sep="\n")
         return
-    if (job := _settle(source, config, overrides, new)) is None:
+    if (job := settle(source, config, overrides, new)) is None:
         return
     with Signals() as signals, Cluster(transport, signals) as cluster:
-        raise typer.Exit(train_on(cluster, nodes, wanted, job, variables))
+        pool = machines(nodes, wanted, job.config)
+        raise typer.Exit(recorded(job.run, "hosts", [node.name for node in nodes], lambda: train_on(cluster, pool, job, variables)))
 
 
 @dataclass(frozen=True)
@@ -99,12 +107,19 @@ class Job:
     """Arguments of `bigtrain` for its ranks."""
 
 
-def train_on(cluster: Cluster, nodes: Sequence[Node], wanted: int, job: Job, variables: Mapping[str, str]) -> int:
-    """Train on `wanted` of these machines, the others being spares, and return the exit code. `variables`: for the ranks."""
-    from bigtrain_launch.pool import Pool, start_on
+def machines(nodes: Sequence[Node], wanted: int, config: Config) -> Pool:
+    """Machines to train on `wanted` of, the others being spares."""
+    from bigtrain_launch.pool import Pool
+
+    return Pool(nodes, wanted, min(wanted, config.launch.min_nodes or wanted), config.restarts.node_failures)
+
+
+def train_on(cluster: Cluster, pool: Pool, job: Job, variables: Mapping[str, str], earlier: Sequence[Ended] = ()) -> int:
+    """Train on machines of this pool and return the exit code. `variables`: for the ranks. `earlier`: see supervise."""
+    from bigtrain_launch.pool import start_on
     from bigtrain_launch.supervise import supervise
 
-    launch, restarts = job.config.launch, job.config.restarts
+    launch = job.config.launch
     ready: set[str] = set()
     passed: set[str] = set()
 
@@ -121,10 +136,17 @@ def train_on(cluster: Cluster, nodes: Sequence[Node], wanted: int, job: Job, var
         ready.update(node.name for node in fresh if node.name not in failed)
         return failed
 
-    pool = Pool(nodes, wanted, min(wanted, launch.min_nodes or wanted), restarts.node_failures)
-    return supervise(
-        start_on(cluster, pool, job.run, job.argv, variables, port=launch.port, check=check), job.run, job.config, cluster.signals
-    )
+    start = start_on(cluster, pool, job.run, job.argv, variables, port=launch.port, check=check)
+    return supervise(start, job.run, job.config, cluster.signals, earlier)
+
+
+def recorded(run: RunFolder, kind: str, nodes: int | Sequence[str], go: Callable[[], int]) -> int:
+    """Train by `go`, with a record of this launcher in the run's folder (see `bigtrain jobs`), and return the exit code."""
+    from bigtrain_launch import jobs
+
+    id = str(os.getpid())
+    jobs.record(run, kind, id, nodes=nodes)
+    return jobs.launch(run, kind, id, go)
 
 
 def preflight(cluster: Cluster, chosen: Sequence[Node], job: Job, variables: Mapping[str, str]) -> dict[str, str]:
@@ -161,7 +183,7 @@ def listed(source: Source, hostfile: Path | None) -> tuple[list[Node], int, Host
     return *_machines(source, read_hostfile(path), path), Hosts(python)
 
 
-def _settle(source: Source, config: Path, overrides: Sequence[str] | None, new: bool) -> Job | None:
+def settle(source: Source, config: Path, overrides: Sequence[str] | None, new: bool) -> Job | None:
     """Prepare the data, find out what there is to do, and make the run's folder; None, with a word about it, where all is done.
     A folder that cannot be had, and a run that another process trains, are known at once: rank 0 looks again later."""
     from bigtrain.start import complete, create, new_name, open_run, with_data
@@ -182,7 +204,6 @@ def _arguments(config: Path, overrides: Sequence[str] | None, name: str | None) 
 
 def _machines(source: Source, there: Sequence[Node], path: Path) -> tuple[list[Node], int]:
     """The machines to use, with the number of their ranks, and how many of them are no spares. Raises UserError."""
-    from bigtrain.config import batch_arithmetic
     from bigtrain_launch.cluster import Node
 
     launch = source.config.launch
@@ -199,8 +220,15 @@ def _machines(source: Source, there: Sequence[Node], path: Path) -> tuple[list[N
                 f"{path}: fewer slots than the {ranks} ranks that launch asks for on {', '.join(small)}; lower one, or raise the other"
             )
         chosen = [Node(node.name, ranks) for node in chosen]
+    check_batch(source, sum(node.ranks for node in chosen[:wanted]))
+    return chosen, wanted
+
+
+def check_batch(source: Source, ranks: int) -> None:
+    """Raise UserError where so many ranks cannot share the batch."""
+    from bigtrain.config import batch_arithmetic
+
     try:
-        batch_arithmetic(source.config.train, sum(node.ranks for node in chosen[:wanted]))
+        batch_arithmetic(source.config.train, ranks)
     except ValueError as error:
         raise source.error([("train.global_batch", str(error))]) from None
-    return chosen, wanted

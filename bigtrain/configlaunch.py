@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from bigtrain.configsection import Count, Fraction, Positive, Section
 
-Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", json_schema_extra={"words": "text in one line"})]
 """Text that ends up in one line of a script or a manifest."""
 Value = Annotated[Line, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 """Value of an environment variable; YAML takes 1 for a number, the environment knows text only."""
@@ -17,8 +17,17 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 """Name of an environment variable."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 """A name that Kubernetes or Slurm would take."""
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")]
+Quantity = Annotated[
+    str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$", json_schema_extra={"words": "text such as 500m, 8 or 16Gi"})
+]
 """An amount as Kubernetes writes it."""
+Time = Annotated[
+    str,
+    Field(
+        pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$|^\d+$",
+        json_schema_extra={"words": "text of the form MINUTES, HH:MM:SS or DAYS-HH:MM:SS"},
+    ),
+]
 
 
 class Container(Section):
@@ -99,8 +108,8 @@ class Launch(Section):
     """Environment variables of the ranks; they win over bigtrain's own (`--dry-run` shows both)."""
     forward: list[Variable] = []
     """Variables of the launching shell whose values the ranks get, WANDB_API_KEY say; values appear in no file or command line."""
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$|^\d+$")] | None = None
-    """Time limit of a Slurm job, as sbatch takes it: MINUTES, HH:MM:SS or DAYS-HH:MM:SS."""
+    time: Time | None = None
+    """Time limit of a Slurm job, as sbatch takes it."""
     partition: Line | None = None
     account: Line | None = None
     qos: Line | None = None

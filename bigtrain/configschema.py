@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from bigtrain.config import Config, problems
 
 Key = tuple[str, ...]  # ("optimizer", "lr"), written optimizer.lr
+KEY = "[key]"  # how pydantic ends the location of a mapping's key that it refuses
 
 
 def schema() -> dict[str, Any]:
@@ -66,11 +67,22 @@ def _object(node: dict[str, Any]) -> dict[str, Any]:
     return next((n for n in [node, *node.get("anyOf", [])] if "properties" in n), {})
 
 
+def _free(node: dict[str, Any]) -> dict[str, Any]:
+    """The alternative of a schema node that is a mapping of free keys (variables, labels), or {}."""
+    return next((n for n in [node, *node.get("anyOf", [])] if n.get("type") == "object" and "properties" not in n), {})
+
+
+def _entry(node: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Of such a mapping: the pattern of its keys, None where any will do, and the schema of its values."""
+    return next(iter(node.get("patternProperties", {}).items()), (None, node.get("additionalProperties", {})))
+
+
 def _field(key: Key) -> dict[str, Any] | None:
     """The schema of a key, or None where there is no such key."""
     node: dict[str, Any] | None = _schema()
     for name in key:
-        node = _object(node).get("properties", {}).get(name)
+        free = _free(node)
+        node = _entry(free)[1] if free else _object(node).get("properties", {}).get(name)
         if node is None:
             return None
     return node
@@ -100,7 +112,8 @@ def validate(values: dict[str, Any], complete: bool = True) -> tuple[Config | No
             for key, e in refused.items():
                 if e["type"] == "value_error":
                     rule(key, str(e["ctx"]["error"]))
-            fields = [(key, e["type"]) for key, e in refused.items() if e["type"] != "value_error"]
+            kinds = {key: KEY if e["loc"][-1] == KEY else e["type"] for key, e in refused.items()}
+            fields = [(key, kind) for key, kind in kinds.items() if kind != "value_error"]
             if not replaced:
                 found += [(key, _refusal(key, kind, values)) for key, kind in fields if complete or kind != "missing"]
             for key, _kind in fields:
@@ -127,8 +140,9 @@ def _refused_key(loc: tuple[str | int, ...]) -> Key:
     """The config key that a pydantic location is about: without list indices and names of union branches."""
     key = tuple(str(name) for name in loc)
     for length in range(1, len(key)):
-        if "properties" not in _object(_field(key[:length]) or {}):
-            return key[:length]
+        node = _field(key[:length]) or {}
+        if "properties" not in _object(node):
+            return key[: length + 1] if _free(node) else key[:length]
     return key
 
 
@@ -138,6 +152,8 @@ def _refusal(key: Key, kind: str, values: dict[str, Any]) -> str:
             return "stands only at the top level of a file"
         near = _nearest(key)
         return f"unknown key; did you mean {'.'.join(near)}?" if near else "unknown key"
+    if kind == KEY:
+        return f"is no name for an entry; expected one of the form {_form(_entry(_free(_field(key[:-1])))[0])}"
     expected = _expected(_field(key))
     if kind == "missing":
         return f"is missing; expected {expected}"
@@ -154,6 +170,8 @@ def _replace(values: dict[str, Any], key: Key) -> set[str]:
         values = values[name]
     values.pop(key[-1], None)
     node = _field(key)
+    if _free(_field(key[:-1]) or {}):
+        return {key[-1]}
     if node is None:
         return {key[-1], (_nearest(key) or key)[-1]}
 
@@ -183,6 +201,8 @@ def _nearest(key: Key) -> Key | None:
 
 def _expected(node: dict[str, Any]) -> str:
     """What a key may hold, in words: `a whole number of at least 1 or null`."""
+    if "words" in node:
+        return node["words"]
     if "anyOf" in node:
         return " or ".join(_expected(n) for n in node["anyOf"])
     if "enum" in node:
@@ -191,11 +211,15 @@ def _expected(node: dict[str, Any]) -> str:
         required = node.get("required", [])
         return f"a mapping with the keys {', '.join(required)}" if required else f"a mapping of keys ({', '.join(node['properties'])})"
     kind = node["type"]
+    if kind == "object":
+        pattern, value = _entry(node)
+        names = f" of the form {_form(pattern)}" if pattern else ""
+        return f"a mapping of names{names} to values (each {_expected(value)})"
     if kind == "array":
         size = f" of {node['minItems']}" if "minItems" in node else ""
         return f"a list{size} (each item {_expected(node['items'])})"
     if kind == "string":
-        return "text" + (f" of the form {node['pattern'].strip('^$')}" if "pattern" in node else "")
+        return "text" + (f" of the form {_form(node['pattern'])}" if "pattern" in node else "")
     if kind in ("boolean", "null"):
         return {"boolean": "true or false", "null": "null"}[kind]
     if "minimum" in node and "maximum" in node:
@@ -204,6 +228,10 @@ def _expected(node: dict[str, Any]) -> str:
         words = {"minimum": "of at least", "maximum": "of at most", "exclusiveMinimum": "greater than", "exclusiveMaximum": "less than"}
         bounds = [f"{word} {node[name]}" for name, word in words.items() if name in node]
     return " ".join(filter(None, ("a whole number" if kind == "integer" else "a number", " and ".join(bounds))))
+
+
+def _form(pattern: str) -> str:
+    return pattern.removeprefix("^").removesuffix("$")
 
 
 def short(value: Any) -> str:

@@ -47,11 +47,34 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
     return found
 
 
+def slurm_job(environment: Mapping[str, str]) -> str | None:
+    """The Slurm job that this process belongs to, of an array 12_3; None outside of one."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+
+
 def machines(environment: Mapping[str, str]) -> int | None:
     """How many machines a launcher has started ranks on, None where it does not say. torchrun and bigtrain's own launcher set
     LOCAL_WORLD_SIZE, the deepspeed launcher CROSS_SIZE, srun SLURM_STEP_NUM_NODES."""
     world, local = environment.get("WORLD_SIZE", ""), environment.get("LOCAL_WORLD_SIZE", "")
     if world.isdigit() and local.isdigit() and int(local):
         return -(-int(world) // int(local))
-    said = environment.get("CROSS_SIZE" if "RANK" in environment else "SLURM_STEP_NUM_NODES", "")
-    return int(said) if said.isdigit() else None
+    return _number(environment, ["CROSS_SIZE"] if "RANK" in environment else ["SLURM_STEP_NUM_NODES"])
+
+
+def ranks_here(environment: Mapping[str, str]) -> int | None:
+    """How many ranks a launcher has started on this machine, None where it does not say: torchrun's LOCAL_WORLD_SIZE, deepspeed's
+    LOCAL_SIZE, srun's SLURM_STEP_TASKS_PER_NODE (of `2(x3),1` the first)."""
+    if "RANK" in environment:
+        return _number(environment, ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+    first = re.match("[1-9][0-9]{0,3}", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(first[0]) if first else None
+
+
+def machine_number(environment: Mapping[str, str]) -> int | None:
+    """Which of them this one is, None where nobody says. The first has rank 0."""
+    return _number(environment, ["NODE_RANK", "GROUP_RANK", "CROSS_RANK"] if "RANK" in environment else ["SLURM_NODEID"])
+
+
+def _number(environment: Mapping[str, str], names: list[str]) -> int | None:
+    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), None)

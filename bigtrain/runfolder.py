@@ -10,6 +10,7 @@
         attempts/1/logs/rank-00000.log  everything that the rank, torch and DeepSpeed printed
         attempts/1/heartbeat/rank-00000.json  what the rank does, written every second; at last how it ended
         attempts/1/hang.json            after a hang: which rank was late, and where all of them were
+        jobs/0001.json                  a launch: where to, by whom, under which id; see bigtrain_launch.jobs
         lease.json                      who trains the run now; see lease.py
         tensorboard/  report.html  .lock
 
@@ -45,6 +46,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report.html"
         self.lease = self.path / "lease.json"
+        self.jobs = self.path / "jobs"
 
     @property
     def name(self) -> str:
@@ -101,6 +103,18 @@ class RunFolder:
             return
         end = {"ended": known.get("ended", time.time()), "exit_code": code, "reason": reason, "restart": restart}
         write_record(self.record(number), known | facts | end)
+
+    def is_held(self, attempt: int, now: float) -> bool:
+        """Whether the process that began the attempt lives: known on its own machine, elsewhere believed while its lease runs."""
+        lease = read_json(self.lease)
+        if lease.get("attempt") != attempt:
+            return False
+        try:
+            if lease.get("machine") and lease["machine"] == machine():
+                return lease.get("start") == process_start(lease["pid"])
+            return now - self.lease.stat().st_mtime < lease["seconds"]
+        except (OSError, KeyError, TypeError):  # given back meanwhile, or damaged
+            return False
 
     def heartbeat(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / "heartbeat" / f"rank-{rank:05d}.json"

@@ -26,7 +26,7 @@ from bigtrain.hardware import Hardware, choose_precision
 from bigtrain.lease import Lease
 from bigtrain.logs import RankOutput
 from bigtrain.metrics import peak_memory_gib, peak_tflops
-from bigtrain.ranks import launched
+from bigtrain.ranks import launched, slurm_job
 from bigtrain.runfolder import OWNER, RunFolder, write_record
 from bigtrain.screen import Screen, printable
 from bigtrain.start import complete, create, new_name, open_run, with_data
@@ -116,6 +116,8 @@ class Attempt:
 
     def begin(self, ranks: int) -> None:
         facts = {"attempt": self.number, "host": socket.gethostname(), "pid": os.getpid(), "ranks": ranks, "started": time.time()}
+        if job := slurm_job(os.environ):
+            facts["job"] = job
         self._try(lambda: write_record(self.run.record(self.number), facts))
 
     def environment(self, facts: dict[str, Any]) -> None:

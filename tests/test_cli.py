@@ -123,3 +123,13 @@ def test_help_answers_at_once():
     pairs = [(seconds("-m", "bigtrain", "--help"), seconds("-c", "import torch")) for _ in range(3)]
     ours, torch = (min(times) for times in zip(*pairs))
     assert ours < torch / 4, pairs
+
+
+def test_one_machine_is_not_taken_for_many(monkeypatch):
+    for command in (["train"], ["launch", "local"]):
+        result = invoke(*command, str(ROOT / "configs/quickstart.yaml"), "launch.nodes=4")
+        assert result.exit_code == 2 and "command line: launch.nodes: 4 machines, but this trains on one; use launch hosts" in result.stderr
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    result = invoke("launch", "local", str(ROOT / "configs/quickstart.yaml"), "--dry-run")
+    assert result.exit_code == 0 and "warning: this Slurm job has 2 machines, and one trains" in result.stderr
+    assert "OMP_NUM_THREADS=" in result.stdout

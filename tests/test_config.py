@@ -192,11 +192,30 @@ def test_a_rule_about_a_wrong_key_waits_for_its_value(folder):
         ("precision", "", "one of auto, bf16, fp16 or fp32"),
         ("model", "gpt2", "a mapping with the keys layers, width, heads, mlp_width, max_positions"),
         ("zero", "3", "a mapping of keys (stage, offload_optimizer, bucket_bytes, overlap_comm)"),
+        ("launch.environment", "3", "a mapping of names of the form [A-Za-z_][A-Za-z0-9_]* to values (each text in one line)"),
+        ("launch.environment.A", "[1]", "text in one line"),
+        ("launch.environment.A", "true", "text in one line; put it in quotes"),
+        ("launch.environment.A", '"1\\n2"', "text in one line"),
+        ("launch.kubernetes.node_selector.zone", "1", "text; put it in quotes"),
+        ("launch.kubernetes.node_selector", "a", "a mapping of names to values (each text)"),
+        ("launch.time", "soon", "text of the form MINUTES, HH:MM:SS or DAYS-HH:MM:SS or null"),
+        ("launch.kubernetes.cpu", "1.5GB", "text such as 500m, 8 or 16Gi or null"),
     ],
 )
 def test_what_would_be_right(folder, key, value, expected):
     (line,) = refused(folder, SMALL, [f"{key}={value}"])
     assert line.startswith(f"command line: {key}: found ") and line.endswith(f"; expected {expected}")
+
+
+def test_every_wrong_entry_of_a_mapping_is_named(folder):
+    text = SMALL + "launch:\n  environment:\n    A-b: 1\n    C: [2]\n    D: fine\n    1: x\n"
+    named = "is no name for an entry; expected one of the form [A-Za-z_][A-Za-z0-9_]*"
+    assert refused(folder, text, ["train.steps=0"]) == [
+        "command line: train.steps: found 0; expected a whole number of at least 1",
+        f"c.yaml:7: launch.environment.A-b: {named}",
+        "c.yaml:8: launch.environment.C: found [2]; expected text in one line",
+        f"c.yaml:10: launch.environment.1: {named}",
+    ]
 
 
 @pytest.mark.parametrize(

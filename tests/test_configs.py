@@ -6,6 +6,7 @@ Run as a program this file is the one process that trains them all: python tests
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from bigtrain.hardware import Hardware
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-WHOLE = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml") if "models" not in p.parts)
+WHOLE = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml") if not {"models", "clusters"} & set(p.parts))
 MODELS = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("models/*.yaml"))
+CLUSTERS = sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.glob("clusters/*.yaml"))
 
 LAPTOP = Hardware("cpu", 0, "CPU", False, False, "", 2, 8.0)
 GPUS = Hardware("cuda", 8, "NVIDIA H100", True, True, "", 96, 1024.0)
@@ -79,6 +81,23 @@ def test_a_model_has_the_size_that_its_name_says(name):
 def test_every_model_is_trained_by_a_config():
     included = {yaml.safe_load((CONFIGS / name).read_text())["include"] for name in WHOLE}
     assert {Path(name).name for name in MODELS} == {Path(name).name for name in included}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_cluster_says_where_and_nothing_of_what(name, tmp_path):
+    alone = yaml.safe_load((CONFIGS / name).read_text())
+    assert alone.keys() <= {"launch", "restarts"}
+    (tmp_path / "mine.yaml").write_text(f"include: [pretrain/llama-8b.yaml, {name}]\nlaunch: {{port: 29400}}\n")
+    source = configfile.read(tmp_path / "mine.yaml", [])
+    assert source.config.launch.port == 29400
+    assert source.config.launch.model_dump() != configfile.load(CONFIGS / "pretrain/llama-8b.yaml").launch.model_dump() | {"port": 29400}
+    world = source.config.launch.nodes * (source.config.launch.gpus_per_node or 8)
+    assert hardware.problems(source.config, GPUS, world) == []
+    # What its comment tells people to write is read.
+    shown = re.search(r"^#   (include: .*)\n(?:#   (.*)\n)?", (CONFIGS / name).read_text(), re.MULTILINE)
+    assert name in shown[1]
+    (tmp_path / "shown.yaml").write_text("\n".join(filter(None, shown.groups())))
+    assert configfile.load(tmp_path / "shown.yaml").model.layers == 32
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs/configuration.md"
+DOCUMENTS = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 BEGIN, END = "<!-- written by tests/test_docs.py -->\n", "<!-- end -->\n"
 
 
@@ -40,7 +42,9 @@ def _rows(fields: dict, prefix: str) -> list[str]:
         elif name == "include":
             rows.append(f"| `include` | a path or a list of paths | none | {node['description']} |")
         else:
-            rows.append(f"| `{prefix}{name}` | {_expected(node)} | {_default(node)} | {node.get('description', '')} |")
+            # A pattern is code, and its bars do not end the cell.
+            holds = re.sub(r"(?<=of the form )([^\w\s]\S*?)(?=\)? |\)?$)", r"`\1`", _expected(node)).replace("|", "\\|")
+            rows.append(f"| `{prefix}{name}` | {holds} | {_default(node)} | {node.get('description', '')} |")
     return [" ".join(row.split()) for row in rows]
 
 
@@ -94,10 +98,35 @@ def test_architecture_has_the_floors_of_the_imports():
     assert found.keys() >= {name for names in FLOORS for name in names if (ROOT / f"bigtrain/{name}.py").exists()}
 
 
-@pytest.mark.parametrize("document", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]))
+def test_the_variables_of_ranks_are_explained():
+    from bigtrain_launch.environment import planned
+
+    rows = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs/launch.md").read_text(), re.MULTILINE)
+    assert rows == [setting.name for setting in planned({})]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_have_the_options_that_are_said(document):
+    import typer
+
+    from bigtrain.cli import app
+
+    text = (ROOT / document).read_text()
+    blocks = re.findall(r"^```\w+\n(.*?)^```$|((?:^    .*\n)+)", text, re.MULTILINE | re.DOTALL)
+    for line in re.findall(r"^(?:    |\$ )?(bigtrain .*)$", "\n".join(map("".join, blocks)), re.MULTILINE):
+        command = typer.main.get_command(app)
+        for word in shlex.split(line, comments=True)[1:]:
+            if word in getattr(command, "commands", {}):
+                command = command.commands[word]
+            elif word.startswith("-"):
+                assert word.partition("=")[0] in [option for parameter in command.params for option in parameter.opts], line
+        assert not hasattr(command, "commands"), line
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_named_files_exist(document):
     text = (ROOT / document).read_text()
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", re.sub(r"`[^`\n]*`", "", text))
     files = re.findall(r"`((?:bigtrain|kernels|launch|configs|docs|tests|benchmarks)/[\w/.-]+\.\w+)`", text)
     gone = [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
     assert gone + [file for file in files if not (ROOT / file).exists()] == []

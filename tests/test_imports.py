@@ -22,13 +22,14 @@ FLOORS = [
     {"progress", "start", "evaluate", "generate", "trackers", "screen", "report_data", "report"},
     {"train"},
     {"session"},
+    {"cli_common", "cli_launch", "cli_slurm", "cli_kubernetes", "cli_jobs", "cli_doctor"},
     {"cli"},
     {"__main__"},
 ]
 MAY_IMPORT = {
     "deepspeed": {"bigtrain.engine", "bigtrain.checkpoint.state"},
     "transformers": {"bigtrain.model.hf", "bigtrain.data.tokenizer", "bigtrain.checkpoint.export", "bigtrain.tasks"},
-    "bigtrain_launch": {"bigtrain.cli", "bigtrain_launch"},
+    "bigtrain_launch": {"bigtrain.cli", *(f"bigtrain.cli_{name}" for name in ("launch", "slurm", "kubernetes", "jobs", "doctor")), "bigtrain_launch"},
     "triton": {"bigtrain_kernels"},
 }
 LAUNCH_MAY_USE = {

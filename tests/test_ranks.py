@@ -3,7 +3,7 @@
 import pytest
 
 from bigtrain.errors import UserError
-from bigtrain.ranks import launched, machines
+from bigtrain.ranks import launched, machine_number, machines, ranks_here
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501", "LOCAL_WORLD_SIZE": "4"}
@@ -64,3 +64,14 @@ def test_how_many_machines():
     assert machines({**SRUN, "SLURM_STEP_NUM_NODES": "2"}) == 2
     assert machines({**SRUN, "SLURM_STEP_NUM_NODES": "2", "RANK": "0", "WORLD_SIZE": "1"}) is None  # by hand, inside a step
     assert machines({}) is None
+
+
+def test_which_machine():
+    assert [machine_number(e) for e in ({}, TORCHRUN, DEEPSPEED, {**TORCHRUN, "GROUP_RANK": "3"})] == [None, None, 1, 3]
+    assert machine_number({**SRUN, "SLURM_NODEID": "2"}) == 2
+    assert machine_number({**SRUN, **TORCHRUN, "SLURM_NODEID": "2"}) is None  # by hand, inside a step
+
+
+def test_how_many_ranks_on_this_machine():
+    assert [ranks_here(e) for e in (TORCHRUN, {**DEEPSPEED, "LOCAL_WORLD_SIZE": "", "LOCAL_SIZE": "2"}, {}, SRUN)] == [4, 2, None, None]
+    assert [ranks_here({**SRUN, "SLURM_STEP_TASKS_PER_NODE": tasks}) for tasks in ("8(x2)", "2(x3),1", "12", "x")] == [8, 2, 12, None]

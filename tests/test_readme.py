@@ -30,7 +30,7 @@ INSTEAD = {
     "bigtrain train configs/quickstart.yaml --new data.source=text data.path=my-texts data.folder=data/my-texts": (
         "bigtrain data prepare configs/quickstart.yaml data.source=text data.path=my-texts data.folder=data/my-texts"
     ),
-    # srun's variables for the only task of a step; a real Slurm is not at hand.
+    # srun's variables for the only task of a step; on a real Slurm: tests/cluster.
     "srun --ntasks-per-node 2 bigtrain train configs/quickstart.yaml": (
         "env SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1"
         " bigtrain train configs/quickstart.yaml"
@@ -49,6 +49,12 @@ SAYS = {
     "bigtrain train configs/finetune/quickstart.yaml": "report: runs/finetune/report.html",
     "bigtrain config show configs/pretrain/llama-70b.yaml": "stage: 3",
     "bigtrain diagnose runs/quickstart": "What to do: nothing; the run is complete",
+    "bigtrain launch hosts configs/quickstart.yaml --hostfile hosts --dry-run": "node2 'exec env",
+    "bigtrain launch slurm configs/quickstart.yaml launch.nodes=2 launch.time=02:00:00 --dry-run": "#SBATCH --time=02:00:00",
+    "bigtrain launch kubernetes configs/quickstart.yaml launch.nodes=2 launch.container.image=bigtrain:1 --dry-run": "kind: JobSet",
+    "bigtrain jobs": "runs/quickstart-2",
+    "bigtrain logs runs/quickstart": "deepspeed",
+    "bigtrain cancel runs/quickstart": "nothing to cancel",
     "bigtrain data prepare configs/quickstart.yaml": "validation:",
     "torchrun --nproc-per-node 2 -m bigtrain train configs/quickstart.yaml": "is complete at step",
     "deepspeed --num_gpus 2 --no_local_rank --module bigtrain train configs/quickstart.yaml": "is complete at step",
@@ -88,6 +94,7 @@ class Checkout:
         (path / "configs/finetune").mkdir(parents=True)
         self.config("quickstart.yaml", steps=1000, data="source: text, path: texts, bpe_vocab_size: 300,")
         self.config("finetune/quickstart.yaml", steps=2)
+        (path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
         for folder in ("texts", "my-texts"):
             (path / folder).mkdir()
             for i in range(20):

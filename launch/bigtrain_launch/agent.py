@@ -49,6 +49,8 @@ class Agent:
         self._selector.register(channel, selectors.EVENT_READ)
         self._door: meeting.Door | None = None
         self._job: _Job | None = None
+        self.signalled = False
+        """Something on this machine has asked for the end."""
 
     def run(self) -> None:
         """Returns when the launcher is gone, and no rank is left."""
@@ -58,6 +60,7 @@ class Agent:
                 for message in self._channel.receive():
                     self._answer(message)
                 for number in self._signals.take():
+                    self.signalled = True
                     self._channel.send("signalled", number=int(number))
                 if self._door:
                     self._door.answer()
@@ -176,9 +179,9 @@ class _Job:
             pipe.close()
 
 
-def main() -> int:
-    """Serve the launcher that has started this process, or that the environment names."""
-    greeting = {
+def greeting() -> Message:
+    """What an agent says first."""
+    return {
         "kind": "hello",
         "protocol": PROTOCOL,
         "version": __version__,
@@ -187,13 +190,17 @@ def main() -> int:
         "pid": os.getpid(),
         "python": sys.executable,
     }
+
+
+def main() -> int:
+    """Serve the launcher that has started this process, or that the environment names."""
     address, token = os.environ.pop(ADDRESS, None), os.environ.pop(TOKEN, "")  # the ranks need neither
     with Signals() as signals:
         if address:
-            channel = join(address, token, greeting, JOIN_SECONDS)
+            channel = join(address, token, greeting(), JOIN_SECONDS)
         else:
             channel = _standard_streams()
-            channel.send(**greeting)
+            channel.send(**greeting())
         Agent(channel, signals).run()
     return DONE
 

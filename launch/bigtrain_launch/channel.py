@@ -44,6 +44,8 @@ class Channel:
         self._begun = self._closed = False
         self.noise = ""
         self.lost: str | None = None
+        self.silent = False
+        """It is over because nothing came any more, not because the other side ended it."""
         _keep_alive(self)
 
     @classmethod
@@ -77,6 +79,7 @@ class Channel:
         elif ended:
             self._end("the connection ended")
         elif time.monotonic() - self._heard > SILENCE:
+            self.silent = self.silent or not self.lost
             self._end(f"no sign of life for {SILENCE:.0f} s")
         return messages
 
@@ -117,6 +120,7 @@ class Channel:
             except OSError as error:
                 # What the other side has said before it went is still to be read; the end of it is found there.
                 self._unsent.clear()
+                self.silent = not isinstance(error, ConnectionError)
                 if self._reader == self._writer or not isinstance(error, BrokenPipeError):
                     self._end(f"the connection broke ({error.strerror})")
 
@@ -131,7 +135,8 @@ class Channel:
                 self._heard = time.monotonic()
         except BlockingIOError:
             pass
-        except OSError:
+        except OSError as error:
+            self.silent = not isinstance(error, ConnectionError)
             return True
         return False
 

@@ -55,11 +55,13 @@ class Cluster:
     """The machines that a transport reaches. To be used as a context, from the main thread.
 
     `signals`, collected by the caller, go to the ranks while there are some; else every method raises StopRequested for one.
-    `show` gets what rank 0 prints.
+    `show` gets what rank 0 prints. `patience`: for an agent to come, in seconds.
     """
 
-    def __init__(self, transport: Transport, signals: Signals, show: Callable[[str], None] | None = None):
-        self._transport, self.signals, self.show = transport, signals, show or _to_screen
+    def __init__(
+        self, transport: Transport, signals: Signals, show: Callable[[str], None] | None = None, patience: float = CONNECT_SECONDS
+    ):
+        self._transport, self.signals, self.show, self._patience = transport, signals, show or _to_screen, patience
         self._channels: dict[str, Channel] = {}
         self._greetings: dict[str, Message] = {}
         self._lost: dict[str, str] = {}
@@ -74,14 +76,14 @@ class Cluster:
         self._transport.close()
         self._selector.close()
 
-    def connect(self, names: Sequence[str], seconds: float = CONNECT_SECONDS) -> dict[str, str]:
+    def connect(self, names: Sequence[str]) -> dict[str, str]:
         """Have an agent on each of these machines. Returns those of which none can be had, and why, in a line each."""
         awaited = {name for name in names if name not in self._channels}
         failed: dict[str, str] = {}
         if not awaited:
             return failed
         self._transport.start([name for name in names if name in awaited])
-        until = time.monotonic() + seconds
+        until = time.monotonic() + self._patience
         while awaited:
             for name, greeting, channel in self._transport.connected():
                 if name not in awaited:
@@ -94,7 +96,7 @@ class Cluster:
                     self._add(name, greeting, channel)
             failed |= {name: why for name, why in self._transport.failed() if name in awaited}
             if time.monotonic() > until:
-                failed |= {name: f"no agent has answered for {seconds:.0f} s" for name in awaited - set(self._channels)}
+                failed |= {name: f"no agent has answered for {self._patience:.0f} s" for name in awaited - set(self._channels)}
             awaited -= {*self._channels, *failed}
             if awaited:
                 self.poll(POLL_SECONDS)
@@ -178,7 +180,7 @@ class Cluster:
         names = [node.name for node in nodes]
         clocks = self._ask(names, "time", ANSWER_SECONDS)
         answers = self._ask(names, "facts", seconds, asked=dict(asked))
-        return {name: {**answer["facts"], **_clock(clocks.get(name))} for name, answer in answers.items() if "facts" in answer}
+        return {name: {**answers[name]["facts"], **_clock(clocks.get(name))} for name in names if name in answers}
 
     def poll(self, seconds: float) -> list[tuple[str, Message]]:
         """Messages that have come from the agents, waited for at most so long. Who is gone is dropped."""

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bigtrain.errors import BAD_NODE, DONE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE, UserError
-from bigtrain.runfolder import RunFolder, machine, process_start, read_json
+from bigtrain.runfolder import RunFolder, read_json
 
 SILENT_SECONDS = 10.0  # without a heartbeat, of which there is one a second: something is wrong with that rank
 QUIET_SECONDS = 60.0  # without progress: worth a word
@@ -46,7 +46,7 @@ def examine(path: Path) -> Diagnosis:
         raise UserError(f"{path}: nothing was started here (no attempts/1); give a run's folder, as in runs/NAME")
     now, number = time.time(), numbers[-1]
     record, beats, hang = read_json(run.record(number)), run.heartbeats(number, now), read_json(run.hang(number))
-    alive = "ended" not in record and _is_held(run, number, now)
+    alive = "ended" not in record and run.is_held(number, now)
     what, advice = _alive(run, number, record, beats) if alive else _ended(run, number, record, beats)
     ranks = [beat | {"state": _state(beat, alive, hang)} for beat in beats]
     return Diagnosis([_line(run, n) for n in numbers[:-1]], what, advice, ranks, _stories(run, number, beats, hang))
@@ -71,16 +71,6 @@ def show(found: Diagnosis, console: Console) -> None:
         line(f"{path}:")
         line("\n".join(f"  {each}" for each in text.splitlines()), "dim")
     line(f"What to do: {found.advice}")
-
-
-def _is_held(run: RunFolder, number: int, now: float) -> bool:
-    """Whether the process that began the attempt lives: known on its own machine, elsewhere believed while its lease runs."""
-    lease = read_json(run.lease)
-    if lease.get("attempt") != number:
-        return False
-    if lease.get("machine") and lease["machine"] == machine():
-        return lease.get("start") == process_start(lease["pid"])
-    return now - run.lease.stat().st_mtime < lease["seconds"]
 
 
 def _alive(run: RunFolder, number: int, record: dict[str, Any], beats: list[dict[str, Any]]) -> tuple[str, str]:

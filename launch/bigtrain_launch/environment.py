@@ -6,6 +6,7 @@ srun while it still can, and `--dry-run` prints it. No pydantic and no torch: ag
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 from collections.abc import Callable, Mapping
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from bigtrain import opbuild
 from bigtrain.errors import UserError
 from bigtrain.hardware import HOST_MEMORY, Hardware
-from bigtrain.ranks import machines
+from bigtrain.ranks import machine_number, machines, ranks_here
 from bigtrain_launch.network import interface, is_here, is_loopback, own_address
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Place:
 
     hardware: Hardware
     ranks: int | None
-    """Ranks on this machine; None where another launcher decides and has given each its cores."""
+    """Ranks that share the cores; None where that is not known."""
     machines: int | None
     """Machines of the run, None where that is not known."""
     towards: str | None
@@ -61,17 +64,25 @@ def rank_environment(place: Place, given: Mapping[str, str]) -> list[Setting]:
 def joining(environ: Mapping[str, str], variables: Mapping[str, str], hardware: Hardware) -> dict[str, str]:
     """What a rank that another launcher has started is to set for itself. `variables` are its rank variables.
 
-    Raises, beside what `rank_environment` raises, UserError for a rank 0 that the others would look for on another machine.
+    Raises, beside what `rank_environment` raises, UserError on rank 0 and on the machine that is MASTER_ADDR where these are two.
     """
-    master = variables["MASTER_ADDR"] or None
-    answered = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself, wherever rank 0 is
-    if master and variables["RANK"] == "0" and not answered and not is_here(master):
+    master, count = variables["MASTER_ADDR"] or None, machines(environ)
+    # torchrun, and bigtrain's own agents, have brought all machines together there before.
+    tried = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "BIGTRAIN_AGENT" in environ
+    if tried and master in LOOPBACK:
+        count = 1
+    ranks = ranks_here(environ)
+    if ranks and hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) * ranks <= (os.cpu_count() or 1):
+        ranks = 1  # each has been bound to cores of its own; a quota, as containers have, is for all of them
+    settings = {setting.name: setting.value for setting in rank_environment(Place(hardware, ranks, count, master), environ)}
+    number = 0 if variables["RANK"] == "0" else machine_number(environ)
+    if master and not tried and number is not None and (number == 0) != is_here(master):
+        there = "is this machine, but rank 0 runs on another" if number else "is another machine, but rank 0 runs on this one"
         raise UserError(
-            f"MASTER_ADDR: {master} is another machine than {socket.gethostname()}, where rank 0 runs, and the others would wait for it"
-            " there; set it to the first machine's address on all of them, or start rank 0 there"
+            f"MASTER_ADDR: {master} {there} ({socket.gethostname()}), and the ranks would wait for each other; set it to the address of"
+            " the first machine, on all of them"
         )
-    place = Place(hardware, None, machines(environ), master)
-    return {setting.name: setting.value for setting in rank_environment(place, environ)}
+    return settings
 
 
 def planned(given: Mapping[str, str]) -> list[Setting]:

@@ -49,7 +49,9 @@ class Hosts:
         variables = [f"BIGTRAIN_NODE={name}"]
         if path := os.environ.get("PYTHONPATH"):
             variables.append(f"PYTHONPATH={os.pathsep.join(str(Path(part).absolute()) for part in path.split(os.pathsep) if part)}")
-        return [*SSH, "--", name, shlex.join(["exec", "env", *variables, self._python, "-m", "bigtrain_launch.agent"])]
+        # Not in the home folder: Python would take a clone of bigtrain there for the package.
+        agent = shlex.join(["exec", "env", *variables, self._python, "-m", "bigtrain_launch.agent"])
+        return [*SSH, "--", name, f"cd / && {agent}"]
 
     def start(self, names: Sequence[str]) -> None:
         for name in names:

@@ -38,6 +38,11 @@ class Pool:
             for name, why in problems.items():
                 self._leave_out(name, why)
 
+    @property
+    def out(self) -> list[str]:
+        """Machines that are left out of further starts."""
+        return list(self._out)
+
     def blame(self, suspects: Iterable[str], lost: Iterable[str], why: str) -> None:
         """Machines that a start has failed on, `lost` the ones that were lost to it."""
         self._lost.update(lost)
@@ -83,7 +88,7 @@ def start_on(
             late = read_json(run.hang(new[-1])).get("late", [])
             suspects = tuple(dict.fromkeys([*suspects, *(hosts[rank] for rank in late)]))
         if not end.asked:
-            pool.blame(suspects, end.gone, end.reason or f"exit code {end.code}")
+            pool.blame(suspects, end.gone, end.reason or f"rank {end.rank} ended with exit code {end.code}")
         return end
 
     return start

@@ -65,14 +65,16 @@ def decide(ends: Sequence[Ended], settings: Restarts) -> Decision:
     return Decision(None, last.reason, min(LONGEST_BACKOFF, settings.backoff * 2.0 ** min(len(before), 32)))
 
 
-def supervise(start: Callable[[Mapping[str, str]], End], run: RunFolder, config: Config, signals: Signals) -> int:
+def supervise(
+    start: Callable[[Mapping[str, str]], End], run: RunFolder, config: Config, signals: Signals, earlier: Sequence[Ended] = ()
+) -> int:
     """Let `start` run the ranks that train `run` until there is nothing more to try, and return the exit code.
 
     `start` gets variables that the ranks must have, returns how they ended, and has said so on the screen. What it raises
-    passes through. One of `signals` between two starts ends it.
+    passes through. One of `signals` between two starts ends it. `earlier`: ends that count as if they had been here.
     """
     own = {OWNER: secrets.token_hex(8)}
-    ends: list[Ended] = []
+    ends = list(earlier)
     while True:
         before = run.attempts()
         end = start(own)
@@ -130,8 +132,9 @@ def _complete(run: RunFolder, attempt: int, ended: Ended, decision: Decision) ->
     code = SAME_CRASH if decision.code == SAME_CRASH else ended.code
     if (record.get("exit_code"), record.get("reason")) == (code, ended.reason):
         return
+    facts = {"lost": True} if ended.lost else {}
     try:
-        run.end_attempt(attempt, code, decision.why if code == SAME_CRASH else ended.reason, ended.again, facts={}, replace=True)
+        run.end_attempt(attempt, code, decision.why if code == SAME_CRASH else ended.reason, ended.again, facts, replace=True)
     except OSError as error:
         say(f"warning: {run.record(attempt)} not written: {error}")
 

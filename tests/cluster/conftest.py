@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from nodes import Nodes, insisted, missing, tag
+from slurmnodes import PROGRAMS, Slurm
 from sshnodes import SshNodes
 
 
@@ -43,3 +44,14 @@ def hosts(require, four, tmp_path_factory) -> SshNodes:
     """The same four with an ssh server each, for the whole test run."""
     require("sshd", "ssh", "ssh-keygen")
     return SshNodes(four, tmp_path_factory.mktemp("ssh")).up()
+
+
+@pytest.fixture(scope="session")
+def slurm(require, tmp_path_factory) -> Iterator[Slurm]:
+    """A Slurm of eight nodes for the whole test run. Sorted by name, n10 precedes n9."""
+    require(*PROGRAMS)
+    cluster = Slurm([f"n{number}" for number in range(8, 16)], tmp_path_factory.mktemp("slurm"), tag("bigslurm"))
+    try:
+        yield cluster.up()
+    finally:
+        cluster.down()

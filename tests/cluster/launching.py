@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from signal import SIGKILL
+from subprocess import CalledProcessError
 
 from nodes import Nodes
 
@@ -96,14 +98,18 @@ class Launches:
         """`bigtrain launch KIND ARGUMENTS` on a node; what it says is read with `communicate`."""
         command = [sys.executable, "-m", "bigtrain", "launch", kind, *map(str, arguments)]
         options = {"env": {**ENVIRONMENT, **environment}, "cwd": self.folder, "stdout": -1, "stderr": subprocess.STDOUT}
-        inside = self.nodes.command(node, ["env", f"--chdir={self.folder}", *command])
+        inside = self.nodes.command(node, ["setsid", "--wait", "env", f"--chdir={self.folder}", *command])
         process = subprocess.Popen(inside, text=True, start_new_session=True, **options)
         try:
             yield process
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
+            with suppress(CalledProcessError):  # it has ended
+                self.signal(node, SIGKILL)
             process.communicate()
+
+    def signal(self, node: str, number: int) -> None:
+        """Send a signal to the launcher on a node, and to what is in its process group, as a terminal does."""
+        self.nodes.run(node, f"kill -{int(number)} -- -$(pgrep -o -f '^{sys.executable} -m bigtrain launch')")
 
     def up(self, name: str, attempt: int, ranks: int, process: subprocess.Popen) -> list[dict]:
         """Wait until the stand-ins of an attempt are there; what each says of itself."""

@@ -46,7 +46,15 @@ def test_more_ranks_than_cores_still_have_a_thread():
     assert values(Place(CPU, 9, 1, None))["OMP_NUM_THREADS"] == "1"
 
 
-def test_another_launcher_has_given_the_threads():
+def test_cores_are_shared_out_once(monkeypatch):
+    """srun may have bound each rank to some of them."""
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: range(7), raising=False)
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 14)
+    assert joining(variables, variables, CPU)["OMP_NUM_THREADS"] == "7"
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 13)
+    assert joining(variables, variables, CPU)["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in joining({**variables, "OMP_NUM_THREADS": "1"}, variables, CPU)  # as torchrun does
     assert "OMP_NUM_THREADS" not in values(Place(CPU, None, 1, None))
 
 
@@ -74,10 +82,24 @@ def test_a_rank_that_another_launcher_has_started(eth7, monkeypatch):
 def test_rank_0_is_where_the_others_look_for_it(eth7, monkeypatch):
     monkeypatch.setattr(environment, "is_here", lambda host: host == "n1")
     variables = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "n2"}
-    with pytest.raises(UserError, match=r"^MASTER_ADDR: n2 is another machine than .+, where rank 0 runs"):
+    with pytest.raises(UserError, match=r"^MASTER_ADDR: n2 is another machine, but rank 0 runs on this one \(.+\), and"):
         joining({}, variables, CPU)
-    assert joining({}, {**variables, "RANK": "1"}, CPU)
-    assert joining({"TORCHELASTIC_USE_AGENT_STORE": "True"}, variables, CPU)  # torchrun itself answers there, and has
+    second = {**variables, "RANK": "2", "MASTER_ADDR": "n1"}
+    with pytest.raises(UserError, match=r"^MASTER_ADDR: n1 is this machine, but rank 0 runs on another"):
+        joining({**second, "CROSS_RANK": "1"}, second, CPU)
+    assert joining(second, second, CPU)  # it may be a rank of the first machine
+    assert joining({**second, "CROSS_RANK": "0"}, second, CPU)
+    assert joining({**variables, "CROSS_RANK": "0"}, {**variables, "MASTER_ADDR": "n1"}, CPU)
+
+
+def test_where_torchrun_or_an_agent_has_tried_the_way_it_is_not_doubted(eth7, monkeypatch):
+    monkeypatch.setattr(environment, "is_here", lambda host: False)
+    variables = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "LOCAL_WORLD_SIZE": "2"}
+    for mark in ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, {"BIGTRAIN_AGENT": "7"}):
+        assert joining({**variables, **mark}, {**variables, "MASTER_ADDR": "n2"}, CPU)["GLOO_SOCKET_IFNAME"] == "eth7"
+        assert joining({**variables, **mark}, variables, CPU)["GLOO_SOCKET_IFNAME"] == "lo"  # two torchruns on one machine
+    with pytest.raises(UserError, match="which no other reaches"):
+        joining(variables, variables, CPU)
 
 
 def test_every_setting_of_a_machine_is_planned(eth7):

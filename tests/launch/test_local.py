@@ -85,14 +85,21 @@ def test_a_port_in_use_is_the_users_mistake(ranks):
     ],
 )
 def test_the_exit_code_that_means_most(ended, code):
-    assert local.outcome(ended, asked=False).code == code
+    assert local.outcome([local.Exit(*one) for one in ended], asked=False).code == code
 
 
 def test_who_lost_another_rank_is_not_blamed():
     """A poll may find the one that lost the connection before the one that was killed."""
-    assert local.outcome([(0, 1), (1, -signal.SIGKILL)], asked=False) == local.End(FAILURE, 1, signal.SIGKILL, asked=False)
-    assert local.outcome([(0, 5), (1, -signal.SIGTERM)], asked=False).rank == 0  # that one was our own
-    assert local.outcome([(0, STOPPED)], asked=True).asked
+    exits = [local.Exit(0, 1), local.Exit(1, -signal.SIGKILL)]
+    assert local.outcome(exits, asked=False) == local.End(FAILURE, 1, signal.SIGKILL, asked=False)
+    assert local.outcome([local.Exit(0, 5), local.Exit(1, -signal.SIGTERM)], asked=False).rank == 0  # that one was our own
+    assert local.outcome([local.Exit(0, STOPPED)], asked=True).asked
+
+
+def test_a_machine_that_is_gone_explains_the_failures_of_others():
+    exits = [local.Exit(0, 1, "n1"), local.Exit(2, -9, "n2", "n2 is gone: x"), local.Exit(3, -9, "n2", "n2 is gone: x")]
+    assert local.outcome(exits, asked=False) == local.End(FAILURE, 2, host="n2", suspects=("n2",), gone=("n2",), reason="n2 is gone: x")
+    assert local.outcome([*exits, local.Exit(1, USER_MISTAKE, "n1")], asked=False).code == USER_MISTAKE
 
 
 def test_a_stopped_rank_is_killed_soon_after_a_hang(ranks, capfd, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 from bigtrain.config import Config
 from bigtrain.configlaunch import Restarts
-from bigtrain.errors import FAILURE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE
+from bigtrain.errors import BAD_NODE, FAILURE, HANG, SAME_CRASH, STOPPED, USER_MISTAKE
 from bigtrain.runfolder import RunFolder, read_json
 from bigtrain_launch import local
 from bigtrain_launch.supervise import Decision, Ended, decide, supervise
@@ -61,6 +61,11 @@ def test_the_same_crash_twice_is_no_accident(first, second, same):
     assert "before the first step" in decide([crash(0), crash(0)], Restarts()).why
 
 
+def test_machines_that_are_lost_are_no_crash_of_the_run():
+    lost = Ended(FAILURE, "n1 is gone", True, step=7, lost=True)
+    assert decide([lost, lost], Restarts()).code is None and decide([lost] * 4, Restarts()).code == FAILURE
+
+
 # ---- With ranks ----
 
 PRELUDE = """
@@ -103,7 +108,12 @@ def supervised(tmp_path, monkeypatch, capfd):
 
     def start(script: str, ranks: int = 1, **restarts):
         (tmp_path / "bigtrain/__main__.py").write_text(PRELUDE + script)
-        code = supervise(["train", "x"], ranks, run, settings(**restarts), environment={"RUN": str(run.path)}, threads=1)
+
+        def ranks_here(own):
+            return local.launch(["train", "x"], ranks, port=None, environment={"RUN": str(run.path), **own}, threads=1)
+
+        with local.Signals() as signals:
+            code = supervise(ranks_here, run, settings(**restarts), signals)
         return code, capfd.readouterr().err, run
 
     return start
@@ -160,6 +170,14 @@ def test_what_one_rank_decided_on_counts_for_all(supervised):
     assert code == 1 and run.attempts() == [1] and read_json(run.record(1))["restart"] is False
 
 
+def test_what_no_rank_can_say(tmp_path, capfd):
+    """A machine that is gone is a reason to start again, before the run was opened too; too few machines are none."""
+    ends = [local.End(FAILURE, 3, suspects=("n2",), gone=("n2",), reason="n2 is gone"), local.End(BAD_NODE, reason="too few")]
+    with local.Signals() as signals:
+        assert supervise(lambda own: ends.pop(0), RunFolder(tmp_path), settings(), signals) == BAD_NODE
+    assert capfd.readouterr().err == ("bigtrain: n2 is gone; starting again from the newest checkpoint (restart 1 of 3 in 0.01 s)\n")
+
+
 def test_ranks_that_fail_before_the_run_is_opened_are_not_tried_again(supervised):
     code, screen, _ = supervised("import shutil; shutil.rmtree(f'{run}/attempts/1'); sys.exit(1)")
     assert code == 1 and "starting again" not in screen
@@ -177,10 +195,11 @@ def supervisor(tmp_path):
         (stand_in / "__main__.py").write_text(rank)
         script = (
             "import os, sys; from bigtrain.config import Config; from bigtrain.runfolder import RunFolder\n"
-            "from bigtrain_launch.supervise import supervise\n"
+            "from bigtrain_launch.local import Signals, launch; from bigtrain_launch.supervise import supervise\n"
             f"os.environ['PYTHONPATH'] = {str(stand_in.parent)!r}\n"
             f"config = Config.model_validate_json({settings(**restarts).model_dump_json()!r})\n"
-            f"sys.exit(supervise([], 1, RunFolder({str(tmp_path)!r}), config, environment={{}}, threads=1))"
+            "def start(own): return launch([], 1, port=None, environment=own, threads=1)\n"
+            f"with Signals() as signals: sys.exit(supervise(start, RunFolder({str(tmp_path)!r}), config, signals))"
         )
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}"}
         process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
