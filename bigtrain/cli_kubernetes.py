@@ -32,7 +32,7 @@ def launch_kubernetes(config: ConfigPath, overrides: Overrides = None, dry_run: 
         show_environment(launch, sys.stderr)
         return
     kubernetes.submit(job, manifests)
-    jobs.record(run, "kubernetes", job.id, nodes=job.pods, python=job.python, folder=job.run)
+    jobs.record(run, "kubernetes", job.id, nodes=job.pods)
     print(f"{launch.kubernetes.kind} {name} in namespace {launch.kubernetes.namespace}: see bigtrain jobs, logs and cancel {run.path}")
 
 

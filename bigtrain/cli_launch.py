@@ -61,10 +61,9 @@ def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = Fal
         return
     opbuild.build(opbuild.needed(job.config, here.kind), print)
     variables = {setting.name: setting.value for setting in settings} | chosen
-    port, threads = job.config.launch.port, max(1, here.cores // ranks)
 
     def start(own: Mapping[str, str]) -> local.End:
-        return local.launch(job.argv, ranks, port=port, environment={**variables, **own}, threads=threads)
+        return local.launch(job.argv, ranks, port=job.config.launch.port, environment={**variables, **own})
 
     with local.Signals() as signals:
         raise typer.Exit(recorded(job.run, "local", 1, lambda: supervise(start, job.run, job.config, signals)))

@@ -54,7 +54,7 @@ def launch_slurm(
     named = [[f"run.name={settings.run.name}-{number}"] for number in range(1, len(points) + 1)] if sweep else [[]]
     sources = [configfile.read(config, [*given, *point, *name]) for point, name in zip(points, named)]
     configs = [_settled(each, new) for each in sources]
-    if ends := [end for each in configs if (end := _complete(each))]:
+    if not dry_run and (ends := [end for each in configs if (end := _complete(each))]):
         print("\n".join(ends))
         if len(ends) == len(configs):
             return
@@ -71,7 +71,8 @@ def launch_slurm(
     environment = slurm.environment(os.environ, forwarded(settings))
     if dry_run:
         print(script, end="", flush=True)
-        print(f"# submitted by: {shlex.join(slurm.command(job.file('sbatch'), first))}", file=sys.stderr)
+        for link in [first, *["afterany:JOB-BEFORE"] * (chain - 1)]:
+            print(f"# submitted by: {shlex.join(slurm.command(job.file('sbatch'), link))}", file=sys.stderr)
         show_environment(settings.launch, sys.stderr)
         return
     _write(job, script, configs)

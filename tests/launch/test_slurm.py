@@ -9,12 +9,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
+from bigtrain import cli, configfile
 from bigtrain.configlaunch import Container, Launch
 from bigtrain.errors import UserError
-from bigtrain_launch import slurm
+from bigtrain.runfolder import RunFolder
+from bigtrain_launch import jobs, slurm
 from bigtrain_launch.slurm import Job, dependency, environment, notice, render, submit
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -201,6 +205,105 @@ def test_every_option_of_the_config_is_in_a_golden_file():
     text = "".join(path.read_text() for path in GOLDEN.glob("*.sbatch"))
     for option in (*slurm.LIMITS, "signal", "requeue", "no-kill", "exclusive", "array", "gpus-per-node", "export", "hold"):
         assert f"#SBATCH --{option}" in text
+
+
+# ---- The command ----
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch, sbatch):
+    """`launch(*arguments)` runs `bigtrain launch slurm c.yaml ARGUMENTS` in an empty folder; sbatch counts its jobs from 1."""
+    sbatch("[ ! -e refuse ] || exit 1; wc -l < asked")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shipped = Path(__file__).parents[2] / "configs/quickstart.yaml"
+    Path("c.yaml").write_text(f"include: {shipped}\nrun: {{name: tiny}}\ndata: {{folder: none}}\nlaunch: {{nodes: 2}}\n")
+
+    def invoke(*arguments: str):
+        return CliRunner().invoke(cli.app, ["launch", "slurm", "c.yaml", *arguments])
+
+    return invoke
+
+
+def files() -> list[str]:
+    return sorted(str(path) for path in Path("runs").rglob("*") if path.is_file()) if Path("runs").exists() else []
+
+
+def test_what_is_submitted_is_what_a_dry_run_prints(launch, tmp_path):
+    planned = launch("--dry-run", "--chain", "2", "launch.environment.NCCL_DEBUG=INFO")
+    assert planned.exit_code == 0 and planned.stdout.startswith("#!/bin/bash\n") and files() == []
+    commands = [line for line in planned.stderr.splitlines() if line.startswith("# submitted by:")]
+    file = "runs/tiny/jobs/0001.sbatch"
+    assert commands == [
+        f"# submitted by: sbatch --parsable {file}",
+        f"# submitted by: sbatch --parsable --dependency=afterany:JOB-BEFORE {file}",
+    ]
+    assert "NCCL_DEBUG=INFO" in planned.stderr and "OMP_NUM_THREADS=" in planned.stderr
+
+    done = launch("--chain", "2", "launch.environment.NCCL_DEBUG=INFO")
+    assert done.exit_code == 0 and done.stdout.startswith(f"job 1: {file}; see bigtrain jobs") and "\njob 2: " in done.stdout
+    assert Path(file).read_text() == planned.stdout
+    assert (tmp_path / "asked").read_text() == f"--parsable {file}\n--parsable --dependency=afterany:1 {file}\n"
+    assert files() == [f"runs/tiny/jobs/{name}" for name in ("0001.json", "0001.sbatch", "0001.yaml", "0002.json")]
+    assert [(job.kind, job.id, job.nodes) for job in jobs.read(RunFolder("runs/tiny"))] == [("slurm", "1", "2"), ("slurm", "2", "2")]
+
+    frozen = configfile.load_saved("runs/tiny/jobs/0001.yaml")
+    assert frozen == configfile.load("c.yaml", ["launch.environment.NCCL_DEBUG=INFO"])
+    assert launch("--new").stdout.startswith("job 3: runs/tiny-2/jobs/0001.sbatch")
+    assert launch().stdout.startswith("job 4: runs/tiny/jobs/0003.sbatch")
+
+
+def test_what_sbatch_refuses_leaves_nothing(launch, tmp_path):
+    (tmp_path / "refuse").touch()
+    refused = launch("--sweep", "optimizer.lr=1e-3,1e-4")
+    assert refused.exit_code == 2 and refused.stderr.startswith("bigtrain: not submitted: sbatch: exit code 1")
+    assert not Path("runs").exists() or list(Path("runs").iterdir()) == []
+
+
+def test_a_sweep(launch):
+    done = launch("--sweep", "optimizer.betas=[0.9,0.95],[0.8,0.9]", "--sweep", "optimizer.lr=1e-3,2e-3,3e-3")
+    assert done.exit_code == 0, done.stderr
+    script = Path("runs/tiny-1/jobs/0001.sbatch").read_text()
+    assert "#SBATCH --array=1-6" in script and "# 5: optimizer.betas=[0.8,0.9] optimizer.lr=2e-3" in script
+    found = [configfile.load_saved(f"runs/tiny-{n}/jobs/0001.yaml") for n in range(1, 7)]
+    assert [(c.run.name, c.optimizer.betas[0], c.optimizer.lr) for c in found[3:5]] == [("tiny-4", 0.8, 1e-3), ("tiny-5", 0.8, 2e-3)]
+    assert [job.id for job in jobs.read(RunFolder("runs/tiny-6"))] == ["1_6"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sweep", "optimizer.lr"], "--sweep: expected SECTION.KEY=V1,V2,... with values as in YAML, found 'optimizer.lr'"),
+        (["--sweep", "optimizer.lr="], "--sweep: expected"),
+        (["--sweep", "optimizer.lr=[1"], "--sweep: expected"),
+        (["--sweep", "optimizer.lr=1,\n2"], "--sweep: expected"),
+        (["--sweep", "launch.nodes=1,2"], "--sweep: launch.nodes is the same for all jobs of an array"),
+        (["--sweep", "optimizer.lr=1,x"], "command line: optimizer.lr: "),
+        (["--sweep", "optimizer.lr=1,2", "--new"], "--new: a sweep makes a run for each value"),
+        (["--after", "yesterday"], "--after: expected a job's number"),
+        (["launch.forward=[NO_SUCH_SECRET]"], "launch.forward: NO_SUCH_SECRET not set in this shell"),
+        (["launch.ranks_per_node=3", "train.global_batch=4", "train.accumulation=3"], "train.global_batch"),
+        (["launch.sbatch=[--nodes=9]"], "launch.sbatch: --nodes=9: launch.nodes decides this"),
+    ],
+)
+def test_mistakes_are_one_message_and_write_nothing(launch, arguments, said):
+    result = launch(*arguments)
+    assert result.exit_code == 2 and said in result.stderr and files() == [], result.stderr
+
+
+def test_a_run_that_is_there_is_looked_at(launch, monkeypatch):
+    """Where the data is prepared, a login node sees that there is nothing to do, or that the run has another config."""
+    from bigtrain import start
+
+    Path("none").mkdir()
+    Path("none/manifest.json").touch()
+    monkeypatch.setattr(start, "with_data", lambda config: config)
+    monkeypatch.setattr(start, "open_run", lambda config: SimpleNamespace(done=config.run.name != "tiny-2"))
+    monkeypatch.setattr(start, "complete", lambda begun: "is complete")
+    assert (launch().stdout, files()) == ("is complete\n", [])
+    assert launch("--sweep", "optimizer.lr=1,2").stdout.startswith("is complete\njob 1: ")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from bigtrain import cli, cli_launch, cli_slurm, configfile
 from bigtrain.configlaunch import Launch
 from bigtrain.errors import BAD_NODE, DONE, FAILURE, STOPPED, UserError
 from bigtrain.runfolder import RunFolder, write_record
@@ -284,3 +286,20 @@ def test_checkpoints(run):
         (run.checkpoints / name).mkdir(parents=True)
     (run.checkpoints / "step-00000001/manifest.json").write_text(json.dumps({}))
     assert checkpoints(run) == {"step-00000001"}
+
+
+def test_the_budget_of_restarts_holds_over_requeues(run, monkeypatch, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"include: {ROOT / 'configs/quickstart.yaml'}\nrun: {{folder: {tmp_path / 'runs'}, name: x}}\nlaunch: {{nodes: 3}}\n")
+    outside = CliRunner().invoke(cli.app, ["launch", "slurm-job", str(config), "--", "srun"])
+    assert outside.exit_code == 2 and "SLURM_JOB_ID: not set, so this is no Slurm job" in outside.stderr
+    for name, value in {**JOB, "SLURM_RESTART_COUNT": "4"}.items():
+        monkeypatch.setenv(name, value)
+    settings = configfile.load(config)
+    monkeypatch.setattr(cli_slurm, "settle", lambda *args, **options: cli_launch.Job(settings, run, []))
+    for number in range(1, 5):
+        run.attempt(number).mkdir(parents=True)
+        write_record(run.record(number), {"job": "7"})
+    given_up = CliRunner().invoke(cli.app, ["launch", "slurm-job", str(config), "--", "srun"])
+    assert given_up.exit_code == FAILURE
+    assert given_up.stderr == "bigtrain: giving up after 4 requeues: attempt 4 ended without a record\n"
