@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bigtrain.cli_common import ConfigPath, DryRun, New, Overrides
-from bigtrain.cli_launch import check_batch, forwarded, launch_app, machines, settle, train_on
+from bigtrain.cli_launch import check_batch, forwarded, launch_app, machines, settle, show_environment, train_on
 from bigtrain.errors import StopRequested, UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def launch_slurm(
     """Submit a batch job. It saves before its time limit or for a more urgent job, and goes on when Slurm has begun it again."""
     from bigtrain import configfile
     from bigtrain.runfolder import RunFolder
-    from bigtrain_launch import environment as ranks
     from bigtrain_launch import jobs, slurm
 
     if new and sweep:
@@ -55,7 +54,7 @@ def launch_slurm(
     named = [[f"run.name={settings.run.name}-{number}"] for number in range(1, len(points) + 1)] if sweep else [[]]
     sources = [configfile.read(config, [*given, *point, *name]) for point, name in zip(points, named)]
     configs = [_settled(each, new) for each in sources]
-    if ends := [end for each in configs if (end := _complete(each))]:
+    if not dry_run and (ends := [end for each in configs if (end := _complete(each))]):
         print("\n".join(ends))
         if len(ends) == len(configs):
             return
@@ -72,10 +71,9 @@ def launch_slurm(
     environment = slurm.environment(os.environ, forwarded(settings))
     if dry_run:
         print(script, end="", flush=True)
-        planned = ranks.show(ranks.planned(settings.launch.environment), settings.launch.environment, settings.launch.forward)
-        links = [first, *["afterany:JOB-BEFORE"] * (chain - 1)]
-        submissions = [f"# submitted by: {shlex.join(slurm.command(job.file('sbatch'), link))}" for link in links]
-        print(*submissions, "# variables of each rank:", *planned, sep="\n", file=sys.stderr)
+        for link in [first, *["afterany:JOB-BEFORE"] * (chain - 1)]:
+            print(f"# submitted by: {shlex.join(slurm.command(job.file('sbatch'), link))}", file=sys.stderr)
+        show_environment(settings.launch, sys.stderr)
         return
     _write(job, script, configs)
     submitted = 0

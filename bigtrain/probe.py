@@ -183,9 +183,11 @@ def _knock(host: str, port: int, seconds: float) -> None:
 
 
 def matmul(device: torch.device) -> dict[str, Any]:
-    """TFLOP/s of a large product in the type that the device is made for, and the data sheet's peak where it is known."""
+    """TFLOP/s of a large product in the type that the device is made for (on a CPU: of one core), and the data sheet's peak where it is
+    known."""
     if device.type == "cpu":
-        dtype, n = torch.float32, 256  # so short that other processes leave some of them alone
+        torch.set_num_threads(1)  # so small that other processes leave some products alone; many threads would wait for each other
+        dtype, n = torch.float32, 256
     else:
         dtype, n = (torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16), 8192
     a = torch.randn(n, n, device=device).to(dtype)

@@ -151,15 +151,25 @@ def test_a_launcher_that_lives_and_one_that_has_its_number(run, put):
 
 
 def test_a_launcher_on_another_machine_is_known_by_its_lease(run, attempt, put):
+    def state() -> str:
+        return str(jobs.states(jobs.read(run))[0])
+
     put(run, "hosts", "1", machine="elsewhere", host="login2", pid=77)
-    assert str(jobs.states(jobs.read(run))[0]) == "unknown (its launcher is process 77 on login2)"
+    unknown = "unknown (its launcher is process 77 on login2)"
+    assert state() == unknown
     attempt(run, 1)
     write_record(run.lease, {"attempt": 1, "seconds": 60.0, "machine": "elsewhere"})
-    assert str(jobs.states(jobs.read(run))[0]) == "running (on login2)"
+    assert state() == "running (on login2)"
     os.utime(run.lease, (time.time() - 61,) * 2)
-    assert str(jobs.states(jobs.read(run))[0]) == "killed"
+    assert state() == unknown
     write_record(run.lease, {"attempt": 1})  # damaged
-    assert str(jobs.states(jobs.read(run))[0]) == "killed"
+    assert state() == unknown
+    write_record(run.record(1), {"started": time.time(), "restart": True, **end(1)})  # it may be about to start the next
+    assert state() == unknown
+    write_record(run.record(1), {"started": time.time(), "restart": False, **end(75)})
+    assert state() == "stopped"
+    jobs.launch(run, "hosts", "1", lambda: 78)
+    assert state() == "same crash twice"
 
 
 def test_what_another_launcher_has_started_is_a_job_too(run, attempt):
@@ -189,6 +199,15 @@ def test_slurm_jobs(tool):
     assert (
         tool.calls()[0].startswith("squeue --noheader --states=all --jobs=11,12,13,13_2,15,16,17,19,21,22,23 ") and len(tool.calls()) == 2
     )
+
+
+@pytest.mark.parametrize(("squeue", "state"), [("echo '7|FAILED|NonZeroExitCode'", "failed"), ("echo '8|RUNNING|None'", "ended")])
+def test_what_slurm_calls_failed_or_forgets_has_a_better_name(run, tool, put, attempt, squeue, state):
+    tool("squeue", squeue)
+    put(run, "slurm", "7")
+    assert str(jobs.states(jobs.read(run))[0]).startswith(state)
+    attempt(run, 1, job="7", **end(75))
+    assert str(jobs.states(jobs.read(run))[0]) == "stopped"
 
 
 @pytest.mark.parametrize(
