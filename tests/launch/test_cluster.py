@@ -231,7 +231,7 @@ def test_a_folder_that_is_not_there(attempt, cluster, tmp_path, monkeypatch, cap
     assert cluster.connect(["a", "b"]) == {}
     monkeypatch.setattr(remote.os, "getcwd", lambda: "/not/there")
     end = attempt("")
-    assert end.gone == ("a", "b") and end.reason == "a cannot start ranks: /not/there: No such file or directory"
+    assert sorted(end.gone) == ["a", "b"] and end.reason == f"{end.host} cannot start ranks: /not/there: No such file or directory"
 
 
 def test_a_port_that_is_taken(attempt):
