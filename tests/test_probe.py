@@ -1,4 +1,4 @@
-"""The probe as real processes: two ranks that measure each other, one alone, and ranks whose others stay away."""
+"""The probe as real processes: three ranks that measure each other, one alone, and ranks whose others stay away."""
 
 import json
 import os
@@ -27,14 +27,15 @@ def start(*arguments: str, program: tuple[str, ...] = ("-m", "bigtrain.probe"), 
     return subprocess.Popen([sys.executable, *program, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def answers(process: subprocess.Popen) -> list[dict]:
-    """All that a rank has printed; it must end well, whatever happened to it."""
+def answers(*processes: subprocess.Popen) -> list[list[dict]]:
+    """All that each has printed; it must end well, whatever happened to it."""
     try:
-        printed, _ = process.communicate(timeout=120)
+        printed = [process.communicate(timeout=120)[0] for process in processes]
     finally:
-        process.kill()
-    assert process.returncode == 0
-    return [json.loads(line) for line in printed.splitlines()]
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return [[json.loads(line) for line in text.splitlines()] for text in printed]
 
 
 def free_port() -> int:
@@ -44,39 +45,38 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two ranks, each on a node of its own, have printed; only the second's config has another learning rate."""
+def three(tmp_path_factory):
+    """What three ranks, each on a node of its own, have printed; only the last one's config has another learning rate."""
     folder = tmp_path_factory.mktemp("probe")
     (folder / "data").mkdir()
     (folder / "data/manifest.json").write_text("{}")
     (folder / "c.yaml").write_text(CONFIG.replace("FOLDER", str(folder / "data")))
-    shared = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    overrides = [], ["optimizer.lr=2e-3"]
-    return [
-        answers(p) for p in [start("--seconds", "200", str(folder / "c.yaml"), *overrides[rank], RANK=rank, **shared) for rank in (0, 1)]
-    ]
+    shared = {"WORLD_SIZE": 3, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    overrides = [], [], ["optimizer.lr=2e-3"]
+    commands = [("--seconds", "100", str(folder / "c.yaml"), *override) for override in overrides]
+    return answers(*(start(*command, RANK=rank, **shared) for rank, command in enumerate(commands)))
 
 
-def test_two_ranks_measure_everything(two):
-    for rank, printed in enumerate(two):
+def test_three_ranks_measure_everything(three):
+    for rank, printed in enumerate(three):
         last = printed[-1]
-        assert (last["stage"], last["rank"], last["world"], last["device"], last["torch"]) == ("done", rank, 2, "CPU", torch.__version__)
+        assert (last["stage"], last["rank"], last["world"], last["device"], last["torch"]) == ("done", rank, 3, "CPU", torch.__version__)
         assert 1e-3 < last["tflops"] < 100 and last["peak_tflops"] is None
         assert 1 < last["latency_us"] < 1e6
         assert all(1e-3 < last[name] < 1e3 for name in ("all_reduce", "all_to_all"))
-        ((peer, rate, why),) = last["pairs"]
-        assert peer == 1 - rank and 1e-3 < rate < 1e3 and why is None
+        assert {peer for peer, _, _ in last["pairs"]} == {0, 1, 2} - {rank}
+        assert all(1e-3 < rate < 1e3 and why is None for _, rate, why in last["pairs"])
 
 
-def test_what_is_known_is_printed_after_every_stage(two):
-    stages = [answer["stage"] for answer in two[0]]
+def test_what_is_known_is_printed_after_every_stage(three):
+    stages = [answer["stage"] for answer in three[0]]
     assert list(dict.fromkeys(stages))[:5] == ["starting", "meeting the others", "matrix product", "collectives", "pairs"]
-    assert all(earlier.keys() <= later.keys() for earlier, later in zip(two[0], two[0][1:]))
+    assert all(earlier.keys() <= later.keys() for earlier, later in zip(three[0], three[0][1:]))
 
 
-def test_what_the_ranks_read_can_be_compared(two):
-    assert two[0][-1]["data"] == two[1][-1]["data"] is not None
-    assert two[0][-1]["config"] != two[1][-1]["config"]
+def test_what_the_ranks_read_can_be_compared(three):
+    assert three[0][-1]["data"] == three[2][-1]["data"] is not None
+    assert three[0][-1]["config"] == three[1][-1]["config"] != three[2][-1]["config"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def lonely(tmp_path_factory):
         "mistaken": start(str(tmp_path_factory.mktemp("x") / "absent.yaml")),
         "hanging": start(program=("-c", hang)),
     }
-    return {name: answers(process)[-1] for name, process in processes.items()}
+    return {name: printed[-1] for name, printed in zip(processes, answers(*processes.values()))}
 
 
 def test_alone_it_measures_the_device_only(lonely):

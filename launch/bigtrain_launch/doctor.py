@@ -274,7 +274,7 @@ def products(answers: Sequence[Mapping[str, Any]], share: float) -> Iterator[Lin
     if peak and usual < PEAK_SHARE * peak:
         yield Line("matrix product", "warning", text, "look for other processes, heat and power limits")
     elif not slow:
-        yield Line("matrix product", "ok", text + ("" if peak else " (no data sheet to compare with)"))
+        yield Line("matrix product", "ok", text + (" on one core" if answers[0]["device"] == "CPU" else ""))
     if "nccl" in answers[0]:
         yield Line("NCCL", "ok", f"{answers[0]['nccl']}, CUDA {answers[0]['cuda']}")
 

@@ -101,11 +101,12 @@ def _ask(cluster: Cluster, nodes: Sequence[Node], config: Config, run: RunFolder
     """Facts of all nodes, and what is wrong with them. Words are exchanged in a folder that is new: a network file system may remember
     that a file was not there."""
     word, token = secrets.token_hex(8), f".preflight-{secrets.token_hex(4)}"
-    folder = run.path / token
+    path = run.path.absolute()  # an agent answers from wherever ssh has put it
+    folder = path / token
     try:
         folder.mkdir()
         (folder / LAUNCHER_WORD).write_text(word)
-        told = cluster.facts(nodes, {"folder": str(run.path), "token": token}, seconds)
+        told = cluster.facts(nodes, {"folder": str(path), "token": token}, seconds)
         seen = {}
         for name, facts in told.items():
             wrote = facts["shared"]["wrote"]
@@ -114,7 +115,7 @@ def _ask(cluster: Cluster, nodes: Sequence[Node], config: Config, run: RunFolder
         raise RunError(f"{folder}: cannot be written ({error.strerror}); make room, or set another run.folder") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return told, judge_facts(nodes, told, word, seen, str(run.path), config.launch.preflight)
+    return told, judge_facts(nodes, told, word, seen, str(path), config.launch.preflight)
 
 
 def best_of(first: Answers, second: Answers) -> Answers:

@@ -109,7 +109,9 @@ def test_a_slow_link_is_named(hosts, launches):
     finally:
         hosts.nodes.unlimit("n11")
     assert code == BAD_NODE, screen
-    [problem] = [line for line in screen.splitlines() if line.startswith("problem: ")]
+    problems = [line for line in screen.splitlines() if line.startswith("problem: ")]
+    assert len(problems) == 1, screen
+    [problem] = problems
     assert problem.startswith("problem: n11: sends no faster than ") and "Mbit/s to any other node; usual here: " in problem, screen
     assert "preflight: something is slow; measuring again" in screen
 

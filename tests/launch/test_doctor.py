@@ -171,7 +171,7 @@ def test_memory(tmp_path):
 
 
 def product(tflops: float, peak: float | None = 989.0, **more) -> dict:
-    return {"stage": "done", "tflops": tflops, "peak_tflops": peak, "nccl": "2.27.5", "cuda": "13.0"} | more
+    return {"stage": "done", "device": "NVIDIA H100", "tflops": tflops, "peak_tflops": peak, "nccl": "2.27.5", "cuda": "13.0"} | more
 
 
 def test_matrix_products():
@@ -182,7 +182,9 @@ def test_matrix_products():
     assert states(product(300.0), product(300.0)) == ["warning", "ok"]  # alike, but far from what an H100 can
     assert states(product(700.0), product(300.0), product(710.0)) == ["problem", "ok"]
     assert states({"stage": "starting", "error": "CUDA error: out of memory"}) == ["problem"]
-    assert [state(line) for line in doctor.products([{"stage": "done", "tflops": 0.1, "peak_tflops": None}], 0.7)] == ["ok"]
+    assert [state(line) for line in doctor.products([{"stage": "done", "device": "CPU", "tflops": 0.1, "peak_tflops": None}], 0.7)] == [
+        "ok"
+    ]
     line = next(doctor.products([product(700.0)], 0.7))
     assert line.found == "700 TFLOP/s, 71% of the data sheet's 989"
 

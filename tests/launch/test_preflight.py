@@ -450,6 +450,22 @@ def test_a_folder_that_only_the_launcher_has(config, tmp_path, monkeypatch):
     assert list(verdict.problems) == ["n1"] and "is not shared" in verdict.problems["n1"][0]
 
 
+def test_agents_are_at_home_elsewhere(config, tmp_path, monkeypatch):
+    """Not in the launcher's working directory: what they are asked names the run's folder in full."""
+    (tmp_path / "here/runs/x").mkdir(parents=True)
+    cluster = FakeCluster(measured(nodes(2)))
+    honest = cluster.facts
+
+    def facts(here, asked, seconds):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir("/")
+            return honest(here, asked, seconds)
+
+    monkeypatch.setattr(cluster, "facts", facts)
+    monkeypatch.chdir(tmp_path / "here")
+    assert check(cluster, nodes(2), config, RunFolder("runs/x"), [], {}, lambda text: None).problems == {}
+
+
 def test_a_run_folder_that_cannot_be_written(config, tmp_path):
     with pytest.raises(RunError, match="cannot be written"):
         run_check(FakeCluster(), config, tmp_path / "absent")
