@@ -29,7 +29,11 @@ FLOORS = [
 MAY_IMPORT = {
     "deepspeed": {"bigtrain.engine", "bigtrain.checkpoint.state"},
     "transformers": {"bigtrain.model.hf", "bigtrain.data.tokenizer", "bigtrain.checkpoint.export", "bigtrain.tasks"},
-    "bigtrain_launch": {"bigtrain.cli", *(f"bigtrain.cli_{name}" for name in ("launch", "slurm", "kubernetes", "jobs", "doctor")), "bigtrain_launch"},
+    "bigtrain_launch": {
+        "bigtrain.cli",
+        *(f"bigtrain.cli_{name}" for name in ("launch", "slurm", "kubernetes", "jobs", "doctor")),
+        "bigtrain_launch",
+    },
     "triton": {"bigtrain_kernels"},
 }
 LAUNCH_MAY_USE = {
