@@ -158,7 +158,7 @@ def diagnose(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder
     show(examine(run), Console(highlight=False))
 
 
-for command in (doctor, cli_jobs.jobs, cli_jobs.logs, cli_jobs.cancel):
+for command in (cli_jobs.jobs, cli_jobs.logs, cli_jobs.cancel, doctor):
     app.command()(command)
 
 

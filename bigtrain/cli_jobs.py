@@ -31,7 +31,8 @@ def jobs(runs: Runs = None) -> None:
 
     rows = of_runs(runs or [])
     if rows:
-        show(rows, steps, Console(highlight=False))
+        # A pipe has no width: a row is a line there.
+        show(rows, steps, Console(highlight=False, width=None if sys.stdout.isatty() else 1000))
     else:
         print("no runs under ./runs; give run folders")
 

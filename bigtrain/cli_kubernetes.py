@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import typer
 
 from bigtrain.cli_common import ConfigPath, DryRun, Overrides
-from bigtrain.cli_launch import check_batch, launch_app, machines, settle, train_on
+from bigtrain.cli_launch import check_batch, launch_app, machines, settle, show_environment, train_on
 from bigtrain.errors import DONE
 
 
@@ -28,9 +29,10 @@ def launch_kubernetes(config: ConfigPath, overrides: Overrides = None, dry_run: 
     manifests = kubernetes.render(job)
     if dry_run:
         print(kubernetes.dump(manifests), end="")
+        show_environment(launch, sys.stderr)
         return
     kubernetes.submit(job, manifests)
-    jobs.record(run, "kubernetes", job.id, nodes=job.pods, python=job.python, folder=job.run)
+    jobs.record(run, "kubernetes", job.id, nodes=job.pods)
     print(f"{launch.kubernetes.kind} {name} in namespace {launch.kubernetes.namespace}: see bigtrain jobs, logs and cancel {run.path}")
 
 

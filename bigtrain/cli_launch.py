@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -18,6 +18,7 @@ from bigtrain.errors import BadNode, UserError
 if TYPE_CHECKING:
     from bigtrain.config import Config
     from bigtrain.configfile import Source
+    from bigtrain.configlaunch import Launch
     from bigtrain.runfolder import RunFolder
     from bigtrain_launch.cluster import Cluster, Node
     from bigtrain_launch.hosts import Hosts
@@ -60,10 +61,9 @@ def launch_local(config: ConfigPath, overrides: Overrides = None, new: New = Fal
         return
     opbuild.build(opbuild.needed(job.config, here.kind), print)
     variables = {setting.name: setting.value for setting in settings} | chosen
-    port, threads = job.config.launch.port, max(1, here.cores // ranks)
 
     def start(own: Mapping[str, str]) -> local.End:
-        return local.launch(job.argv, ranks, port=port, environment={**variables, **own}, threads=threads)
+        return local.launch(job.argv, ranks, port=job.config.launch.port, environment={**variables, **own})
 
     with local.Signals() as signals:
         raise typer.Exit(recorded(job.run, "local", 1, lambda: supervise(start, job.run, job.config, signals)))
@@ -75,7 +75,6 @@ def launch_hosts(
 ) -> None:
     """Train on machines that ssh reaches. They see this folder, the data and the run's folder at the same paths."""
     from bigtrain import configfile
-    from bigtrain_launch import environment
     from bigtrain_launch.cluster import Cluster
     from bigtrain_launch.local import Signals
 
@@ -85,10 +84,11 @@ def launch_hosts(
     variables = forwarded(source.config) | launch.environment
     if dry_run:
         for number, node in enumerate(nodes):
-            print(f"# {node.name}: {f'{node.ranks} ranks' if number < wanted else 'spare'}")
+            role = f"{node.ranks} rank{'s' * (node.ranks > 1)}" if number < wanted else "spare"
+            print(f"# {node.name}: {role}")
             print(shlex.join(transport.command(node.name)))
         print(f"# each rank: python -m bigtrain {shlex.join(_arguments(config, overrides, None))}")
-        print(*environment.show(environment.planned(launch.environment), launch.environment, launch.forward), sep="\n")
+        show_environment(launch, sys.stdout)
         return
     if (job := settle(source, config, overrides, new)) is None:
         return
@@ -161,6 +161,14 @@ def preflight(cluster: Cluster, chosen: Sequence[Node], job: Job, variables: Map
     if verdict.failed and not verdict.problems:
         raise BadNode("the preflight failed, and no machine can be blamed; launch.preflight.enabled=false starts without one")
     return {name: "; ".join(texts) for name, texts in verdict.problems.items()}
+
+
+def show_environment(launch: Launch, file: TextIO) -> None:
+    """Print the variables that ranks on machines which are not here will get, with the reasons."""
+    from bigtrain_launch.environment import planned, show
+
+    print("# each rank's environment, where the machine does not have it already:", file=file)
+    print(*show(planned(launch.environment), launch.environment, launch.forward), sep="\n", file=file)
 
 
 def forwarded(config: Config) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bigtrain.cli_common import ConfigPath, DryRun, New, Overrides
-from bigtrain.cli_launch import check_batch, forwarded, launch_app, machines, settle, train_on
+from bigtrain.cli_launch import check_batch, forwarded, launch_app, machines, settle, show_environment, train_on
 from bigtrain.errors import StopRequested, UserError
 
 if TYPE_CHECKING:
@@ -53,9 +53,11 @@ def launch_slurm(
     points = _points(sweep or [])
     named = [[f"run.name={settings.run.name}-{number}"] for number in range(1, len(points) + 1)] if sweep else [[]]
     sources = [configfile.read(config, [*given, *point, *name]) for point, name in zip(points, named)]
-    configs = [settled for each in sources if (settled := _settled(each, new))]
-    if not configs:
-        return
+    configs = [_settled(each, new) for each in sources]
+    if not dry_run and (ends := [end for each in configs if (end := _complete(each))]):
+        print("\n".join(ends))
+        if len(ends) == len(configs):
+            return
     runs = [RunFolder(Path(each.run.folder) / each.run.name) for each in configs]
     job = slurm.Job(
         launch=settings.launch,
@@ -68,8 +70,10 @@ def launch_slurm(
     script, first = slurm.render(job), slurm.dependency(after) if after else None
     environment = slurm.environment(os.environ, forwarded(settings))
     if dry_run:
-        print(script, end="")
-        print(f"bigtrain: to be submitted by: {shlex.join(slurm.command(job.file('sbatch'), first))}", file=sys.stderr)
+        print(script, end="", flush=True)
+        for link in [first, *["afterany:JOB-BEFORE"] * (chain - 1)]:
+            print(f"# submitted by: {shlex.join(slurm.command(job.file('sbatch'), link))}", file=sys.stderr)
+        show_environment(settings.launch, sys.stderr)
         return
     _write(job, script, configs)
     submitted = 0
@@ -98,29 +102,34 @@ def _points(sweep: Sequence[str]) -> list[list[str]]:
             nodes = yaml.compose(listed, plainyaml.Loader).value if equals else []
         except (yaml.YAMLError, RecursionError):
             nodes = []
-        if not key or not nodes:
+        if not key or not nodes or not text.isprintable():
             raise UserError(f"--sweep: expected SECTION.KEY=V1,V2,... with values as in YAML, found {text[:80]!r}")
+        if key.split(".")[0] in ("launch", "run"):
+            raise UserError(f"--sweep: {key} is the same for all jobs of an array; submit them one by one")
         choices.append([f"{key}={listed[node.start_mark.index : node.end_mark.index]}" for node in nodes])
     return [list(point) for point in itertools.product(*choices)]
 
 
-def _settled(source: Source, new: bool) -> Config | None:
-    """The config to submit; None, with a word about it, where its run is complete. Finds here, and not after hours in a queue, what is
-    wrong with it, as far as a login node can tell."""
-    from bigtrain.data.shards import MANIFEST
-    from bigtrain.start import complete, new_name, open_run, with_data
+def _settled(source: Source, new: bool) -> Config:
+    """The config to submit. Raises UserError where its batch cannot be shared out."""
+    from bigtrain.start import new_name
 
-    config, launch = source.config, source.config.launch
+    launch = source.config.launch
     if ranks := launch.ranks_per_node or launch.gpus_per_node:
         check_batch(source, launch.nodes * ranks)
-    if new:
-        config = new_name(config)
-    if (Path(config.data.folder) / MANIFEST).is_file():
-        start = open_run(with_data(config))
-        if start.done:
-            print(complete(start))
-            return None
-    return config
+    return new_name(source.config) if new else source.config
+
+
+def _complete(config: Config) -> str | None:
+    """What to say of a run that needs no job. Raises UserError for what would end one after hours in the queue, as far as a login
+    node can tell: data that is not prepared yet is prepared by the job."""
+    from bigtrain.data.shards import MANIFEST
+    from bigtrain.start import complete, open_run, with_data
+
+    if not (Path(config.data.folder) / MANIFEST).is_file():
+        return None
+    start = open_run(with_data(config))
+    return complete(start) if start.done else None
 
 
 def _write(job: Job, script: str, configs: Sequence[Config]) -> None:
@@ -157,7 +166,7 @@ def slurm_job(
     """The launcher inside a job of `launch slurm`: in the batch script, on the first node."""
     from bigtrain import configfile, hardware
     from bigtrain_launch import slurmjob
-    from bigtrain_launch.cluster import Cluster, Node
+    from bigtrain_launch.cluster import CONNECT_SECONDS, Cluster, Node
     from bigtrain_launch.local import Signals, say
     from bigtrain_launch.supervise import decide
 
@@ -181,7 +190,8 @@ def slurm_job(
                 raise typer.Exit(given_up.code)
             if place.restarts:
                 say(f"job {place.id} begins again, requeue {place.restarts}; {len(before)} of {restarts.max} restarts are used up")
-            with Cluster(slurmjob.Srun(starter, place.nodes), signals) as cluster:
+            patience = CONNECT_SECONDS + len(nodes) / 16  # a thousand Pythons come from one file system
+            with Cluster(slurmjob.Srun(starter, place.nodes), signals, patience=patience) as cluster:
                 code = train_on(cluster, pool, job, variables, before)
         except StopRequested as error:
             code = error.code

@@ -29,7 +29,7 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
             "RANK": environment["SLURM_PROCID"],
             "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
             "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-            "MASTER_ADDR": environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR", ""),
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", "")),
             # Below the ephemeral range, and the same on every node without asking anyone.
             "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job)),
         }
@@ -51,6 +51,12 @@ def slurm_job(environment: Mapping[str, str]) -> str | None:
     """The Slurm job that this process belongs to, of an array 12_3; None outside of one."""
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+
+
+def _first_host(nodes: str) -> str:
+    """Of a host list of Slurm's, n9 of n[9-10],m1: that is where it puts rank 0, wherever srun itself was started."""
+    first = re.match(r"(?:[^][,]|\[[^][]*\])*", nodes)
+    return re.sub(r"\[([0-9]+)[^][]*\]", r"\1", first[0]) if first else ""
 
 
 def machines(environment: Mapping[str, str]) -> int | None:

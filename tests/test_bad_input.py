@@ -21,7 +21,7 @@ from bigtrain import configfile, opbuild
 from bigtrain.cli import app
 from bigtrain.config import Config
 from bigtrain.runfolder import RunFolder
-from bigtrain_launch import local, supervise
+from bigtrain_launch import local
 
 CONFIG = """\
 run: {name: r, folder: FOLDER/runs}
@@ -67,7 +67,7 @@ def refused(folder: Path, *overrides: str, code: int = 2, lines: int = 1, comman
 def test_the_config_itself_is_fine(folder, monkeypatch):
     """Everything below differs from this one in what its name says."""
     launched = []
-    monkeypatch.setattr(supervise, "launch", lambda *arguments, **named: launched.append((arguments, named)) or local.End(0))
+    monkeypatch.setattr(local, "launch", lambda *arguments, **named: launched.append((arguments, named)) or local.End(0))
     assert CliRunner().invoke(app, ["train", str(folder / "c.yaml"), "--new", "optimizer.lr=0.2"]).exit_code == 0
     [((argv, ranks), named)] = launched
     assert argv == ["train", str(folder / "c.yaml"), "optimizer.lr=0.2", "run.name=r"] and ranks == 2 and named["port"] is None
@@ -219,6 +219,6 @@ def test_prompts_that_no_model_could_continue(folder):
 )
 def test_extremes_are_refused_or_run(folder, overrides, monkeypatch):
     """No value that the schema lets through may end in a traceback before the ranks start."""
-    monkeypatch.setattr(supervise, "launch", lambda *arguments, **named: local.End(0))
+    monkeypatch.setattr(local, "launch", lambda *arguments, **named: local.End(0))
     result = CliRunner().invoke(app, ["train", str(folder / "c.yaml"), *overrides])
     assert result.exit_code in (0, 2) and "Traceback" not in result.output, result.output

@@ -15,6 +15,7 @@ SRUN = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "n[9-10],m1",
     "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9",
 }
 
@@ -26,10 +27,18 @@ def test_torchrun_and_deepspeed():
 
 
 def test_srun():
-    assert launched(SRUN) == dict(zip(NAMES, ("5", "8", "1", "10.0.0.9", "21234")))
+    assert launched(SRUN) == dict(zip(NAMES, ("5", "8", "1", "n9", "21234")))
     set_by_user = launched({**SRUN, "MASTER_ADDR": "node7", "MASTER_PORT": "23456"})
     assert (set_by_user["MASTER_ADDR"], set_by_user["MASTER_PORT"]) == ("node7", "23456")
     assert launched({**SRUN, "SLURM_JOB_ID": "99999999"})["MASTER_PORT"] == "29999"  # always below the ephemeral ports
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n9", "n9"), ("n[09-10]", "n09"), ("m,n[1-2]", "m"), ("r[2,1]n[3-4],x", "r2n3"), ("n[1", "n"), ("(null)", "(null)"), (",", "")],
+)
+def test_srun_puts_rank_0_on_the_first_node(nodes, first):
+    assert launched({**SRUN, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
 
 
 @pytest.mark.parametrize("environment", [{}, BATCH, {**BATCH, "SLURM_STEP_ID": "batch"}, {"RANK": "0"}, {"WORLD_SIZE": "2"}])

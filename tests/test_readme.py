@@ -32,7 +32,7 @@ INSTEAD = {
     ),
     # srun's variables for the only task of a step; on a real Slurm: tests/cluster.
     "srun --ntasks-per-node 2 bigtrain train configs/quickstart.yaml": (
-        "env SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1"
+        "env SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NODELIST=localhost"
         " bigtrain train configs/quickstart.yaml"
     ),
 }
@@ -49,10 +49,11 @@ SAYS = {
     "bigtrain train configs/finetune/quickstart.yaml": "report: runs/finetune/report.html",
     "bigtrain config show configs/pretrain/llama-70b.yaml": "stage: 3",
     "bigtrain diagnose runs/quickstart": "What to do: nothing; the run is complete",
-    "bigtrain launch hosts configs/quickstart.yaml --hostfile hosts --dry-run": "node2 'exec env",
+    "bigtrain launch hosts configs/quickstart.yaml --hostfile hosts --dry-run": "# node2: 1 rank",
     "bigtrain launch slurm configs/quickstart.yaml launch.nodes=2 launch.time=02:00:00 --dry-run": "#SBATCH --time=02:00:00",
-    "bigtrain launch kubernetes configs/quickstart.yaml launch.nodes=2 launch.container.image=bigtrain:1 --dry-run": "kind: JobSet",
-    "bigtrain jobs": "runs/quickstart-2",
+    "bigtrain launch kubernetes configs/quickstart.yaml launch.nodes=2 launch.container.image=bigtrain:1"
+    " launch.kubernetes.claim=shared --dry-run": "kind: JobSet",
+    "bigtrain jobs": "runs/quickstart",
     "bigtrain logs runs/quickstart": "deepspeed",
     "bigtrain cancel runs/quickstart": "nothing to cancel",
     "bigtrain data prepare configs/quickstart.yaml": "validation:",

@@ -5,12 +5,12 @@ It talks over its standard input and output (ssh), or, with BIGTRAIN_LAUNCHER an
 hundreds of agents may be starting from one file system.
 
     from the launcher            to it
-    open port                    port, nonce, addresses: where the ranks may meet, to be tried out (meeting.py); or problem
-    knock addresses port nonce   address: by which that place is reached from here; or problem
-    met                          visitor: the address of someone who came there
-    time; facts                  what the clock says; what facts.py finds out
-    start ranks argv ...         output of rank 0, ended for each rank, with the end of what it printed; or refused
-    signal number                nothing; SIGKILL reaches all that a rank has started
+    open port name          port, nonce, ways: where the ranks may meet, to be tried out (meeting.py); or problem
+    knock ways port nonce   address: by which that place is reached from here; or problem
+    met                     visitor: the address of someone who came there
+    time; facts             what the clock says; what facts.py finds out
+    start ranks argv ...    output of rank 0, ended for each rank, with the end of what it printed; or refused
+    signal number           nothing; SIGKILL reaches all that a rank has started
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from bigtrain_launch.local import Processes, Signals, checked_port, free_port
 JOIN_SECONDS = 120.0  # for a launcher that starts later than its agents
 KNOCK_SECONDS = 4.0  # for each address that is tried
 POLL_SECONDS = 0.1
+SOON_SECONDS = 0.005  # the order in which ranks end, on different machines, says who was first
 READ_BYTES = 1 << 16
 BACKLOG_BYTES = 1 << 20  # a launcher that does not keep up: ranks have to wait until their output is taken
 
@@ -56,7 +57,7 @@ class Agent:
         """Returns when the launcher is gone, and no rank is left."""
         try:
             while not self._channel.lost:
-                self._selector.select(POLL_SECONDS)
+                self._selector.select(SOON_SECONDS if self._job and self._job.ending else POLL_SECONDS)
                 for message in self._channel.receive():
                     self._answer(message)
                 for number in self._signals.take():
@@ -76,7 +77,7 @@ class Agent:
         kind, token = message["kind"], message.get("token")
         questions: dict[str, Callable[[Message], dict[str, Any]]] = {
             "open": self._open,
-            "knock": lambda message: meeting.knock(message["addresses"], message["port"], message["nonce"], KNOCK_SECONDS),
+            "knock": lambda message: meeting.knock(message["ways"], message["port"], message["nonce"], KNOCK_SECONDS),
             "met": self._met,
             "time": lambda message: {"time": time.time()},
             "facts": self._facts,
@@ -93,7 +94,7 @@ class Agent:
             self._door = meeting.Door(free_port() if message["port"] is None else checked_port(message["port"]))
         except (UserError, OSError):
             return {"problem": f"{message['port'] or 'every port from 20000 to 29999'} is in use"}
-        return {"port": self._door.port, "nonce": self._door.nonce, "addresses": meeting.ways_here()}
+        return {"port": self._door.port, "nonce": self._door.nonce, "ways": meeting.ways_here(message["name"])}
 
     def _met(self, message: Message) -> dict[str, Any]:
         door, self._door = self._door, None
@@ -139,6 +140,11 @@ class _Job:
         for pipe in self._pipes.values():
             os.set_blocking(pipe.fileno(), False)
             selector.register(pipe, selectors.EVENT_READ)
+
+    @property
+    def ending(self) -> bool:
+        """A rank prints no more, but has not ended yet."""
+        return len(self._pipes) < len(self._processes.running)
 
     def report(self) -> None:
         """Tell what the ranks have printed, and which have ended."""

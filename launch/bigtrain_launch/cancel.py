@@ -12,6 +12,7 @@ from bigtrain.errors import UserError
 from bigtrain.runfolder import RunFolder, machine, process_start
 from bigtrain_launch import jobs, queues
 from bigtrain_launch.jobs import Job
+from bigtrain_launch.kubernetes import JOB_LABEL
 from bigtrain_launch.queues import State
 from bigtrain_launch.tools import Unanswered, ask, one_line
 
@@ -118,10 +119,11 @@ def _end_slurm(job: Job, state: State, say: Say) -> None:
 
 
 def _end_kubernetes(job: Job, say: Say) -> None:
-    """Deleting sends SIGTERM to all pods, and SIGKILL when launch.grace is over; it takes the config with it."""
+    """Deleting sends SIGTERM to all pods, and SIGKILL when launch.grace is over. Their config is mounted, and may go at once."""
     namespace, kind, name = queues.KUBERNETES_ID.fullmatch(job.id).groups()
-    where = [f"--namespace={namespace}"]
-    _told(["kubectl", "delete", queues.RESOURCES[kind], name, *where, "--cascade=foreground", "--wait=false"], DELETE_SECONDS)
+    made = [queues.RESOURCES[kind], *(["trainingruntimes.trainer.kubeflow.org"] if kind == "trainjob" else []), "configmaps"]
+    chosen = [f"--namespace={namespace}", f"--selector={JOB_LABEL}={name}"]
+    _told(["kubectl", "delete", ",".join(made), *chosen, "--cascade=foreground", "--wait=false"], DELETE_SECONDS)
     say(f"deleted {kind} {name} in namespace {namespace}; its pods save and end, waiting for them. Ctrl-C stops the waiting only")
 
     def ended() -> bool | None:
@@ -129,8 +131,6 @@ def _end_kubernetes(job: Job, say: Say) -> None:
         return None if now.active is None else not now.active
 
     _wait(job, ended, say)
-    rest = ["configmaps", *(["trainingruntimes.trainer.kubeflow.org"] if kind == "trainjob" else [])]
-    _told(["kubectl", "delete", ",".join(rest), *where, "--ignore-not-found", f"--selector=bigtrain/job={name}"], DELETE_SECONDS)
 
 
 def _told(argv: list[str], seconds: float = 30.0) -> None:

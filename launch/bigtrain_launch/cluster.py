@@ -7,32 +7,25 @@ machines, at the same paths, and agents work in its working directory.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import selectors
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any, Protocol
 
 from bigtrain.errors import BAD_NODE, DONE, StopRequested, UserError
 from bigtrain_launch.channel import PROTOCOL, Channel, Message, one_line
 from bigtrain_launch.local import GRACE_SECONDS, End, Signals, say, watch
-from bigtrain_launch.remote import POLL_SECONDS, Meeting, Remote
+from bigtrain_launch.remote import POLL_SECONDS, Meeting, Node, Remote
 
 CONNECT_SECONDS = 30.0
 """For an agent to answer after it was started; with a scheduler that starts it, and a cold disk, this is little."""
 ANSWER_SECONDS = 20.0  # for a question to an agent
 TAIL_BYTES = 1 << 13  # of what a rank printed, kept in case that it fails
 ANSWER_BYTES = 1 << 20  # the same for a rank that answers in JSON
-
-
-@dataclass(frozen=True)
-class Node:
-    """A machine of a run, and how many ranks it gets."""
-
-    name: str
-    ranks: int
 
 
 class Transport(Protocol):
@@ -196,7 +189,7 @@ class Cluster:
                 self.drop(name, channel.lost)
         return messages
 
-    def send(self, name: str, kind: str, **facts: Any) -> None:
+    def send(self, name: str, kind: str, /, **facts: Any) -> None:
         """Tell a machine's agent something; one that is gone is told nothing."""
         if name in self._channels:
             self._channels[name].send(kind, **facts)
@@ -230,12 +223,12 @@ class Cluster:
     def _meet(self, nodes: Sequence[Node], port: int | None) -> tuple[dict[str, Meeting], dict[str, str]]:
         """Agree on where the ranks meet, by trying it out: (by machine the way there; who does not get there, and why)."""
         first, *others = [node.name for node in nodes]
-        opened = self._ask([first], "open", ANSWER_SECONDS, port=port).get(first)
+        opened = self._ask([first], "open", ANSWER_SECONDS, port=port, name=first.rpartition("@")[2]).get(first)
         if opened is None:
             return {}, {first: f"{first} is gone: {self.lost(first) or 'its agent does not answer'}"}
         if "problem" in opened:
             raise UserError(f"launch.port: {opened['problem']} on {first}; choose another, or leave it out and a free one is taken")
-        place = {"port": opened["port"], "nonce": opened["nonce"], "addresses": list(dict.fromkeys([first, *opened["addresses"]]))}
+        place = {key: opened[key] for key in ("ways", "port", "nonce")}
         answers = self._ask(others, "knock", ANSWER_SECONDS, **place) if others else {}
         visitor = self._ask([first], "met", ANSWER_SECONDS).get(first, {}).get("visitor")
         apart = {}
@@ -245,9 +238,9 @@ class Cluster:
                 apart[name] = f"{name} does not reach {first}, where rank 0 is to be: {why}"
         if len(apart) == len(others) > 1:
             apart = {first: f"no machine reaches {first}, where rank 0 is to be: {next(iter(apart.values())).partition(': ')[2]}"}
-        ways = {name: answer["address"] for name, answer in answers.items() if "address" in answer}
-        meeting = {name: Meeting(address, opened["port"], address) for name, address in ways.items()}
-        return {first: Meeting(next(iter(ways.values()), "127.0.0.1"), opened["port"], visitor), **meeting}, apart
+        reached = {name: answer["address"] for name, answer in answers.items() if "address" in answer}
+        meeting = {name: Meeting(address, opened["port"], address) for name, address in reached.items()}
+        return {first: Meeting(next(iter(reached.values()), "127.0.0.1"), opened["port"], visitor), **meeting}, apart
 
     def _heed_signals(self) -> None:
         if any(True for _ in self.signals.take()):
@@ -273,9 +266,8 @@ def _last_object(text: str) -> dict[str, Any] | None:
 
 
 def _to_screen(text: str) -> None:
-    data = text.encode("utf-8", "surrogateescape")
-    try:
-        sys.stdout.buffer.write(data)
+    rest = memoryview(text.encode("utf-8", "surrogateescape"))
+    with suppress(OSError):  # nobody reads: not worth a run
         sys.stdout.flush()
-    except OSError:  # nobody reads: not worth a run
-        pass
+        while rest:
+            rest = rest[os.write(1, rest) :]

@@ -147,12 +147,6 @@ def mark_cancelled(job: Job) -> None:
     note(job, cancelled=time.time())
 
 
-def is_cancelled(run: RunFolder, kind: str, id: str) -> bool:
-    """Whether `bigtrain cancel` was asked to end this job: for a job that would otherwise begin again."""
-    job = find(run, kind, id)
-    return job is not None and bool(job.facts.get("cancelled"))
-
-
 def states(jobs: Sequence[Job]) -> list[State]:
     """How each job stands. Schedulers are asked once for all, and none of them can make this fail or wait for long."""
     slurm = queues.slurm([job.id for job in jobs if job.kind == "slurm"])
@@ -161,6 +155,10 @@ def states(jobs: Sequence[Job]) -> list[State]:
     for job in jobs:
         if job.kind == "slurm":
             state = slurm[job.id]
+            if state.word in ("failed", "ended") and job.attempts:  # every exit code but 0; a job that Slurm has forgotten
+                state = _left(job)
+        elif job.kind == "kubernetes" and job.facts.get("exit_code") == DONE:
+            state = State("done")  # by the launcher's own word; any other end may not be the last
         elif job.kind == "kubernetes":
             state = silent or queues.kubernetes(job.id)
             silent = state if "no answer" in state.why else None
@@ -222,16 +220,23 @@ def _read(run: RunFolder, number: int) -> Job:
 def _process(job: Job) -> State:
     """The state of a job that is a process of this machine or of another, or of which only attempts are known."""
     facts, newest = job.facts, job.attempts[-1] if job.attempts else None
+    if "ended" in facts:
+        return _left(job)
     if facts.get("machine") and facts["machine"] == machine() and isinstance(facts.get("pid"), int):
         alive = facts.get("start") == process_start(facts["pid"])
         return State("running", active=True) if alive else _left(job)
     if newest and job.run.is_held(newest, time.time()):
         return State("running", f"on {facts['host']}" if facts.get("host") else "", True)
-    if newest:
+    if newest and (not job.kind or _is_final(read_json(job.run.record(newest)))):
         return _left(job)
-    if job.number and not job.kind:
+    if not job.kind:
         return unknown(f"jobs/{job.path.name} is damaged, or being written")
     return unknown(f"its launcher is process {facts.get('pid')} on {facts.get('host')}")
+
+
+def _is_final(record: dict[str, Any]) -> bool:
+    """No launcher starts the run again after an attempt that ended so."""
+    return "ended" in record and not record.get("restart")
 
 
 def _left(job: Job) -> State:

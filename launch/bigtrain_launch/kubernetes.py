@@ -28,7 +28,7 @@ JOB, INDEX = "BIGTRAIN_JOB", "JOB_COMPLETION_INDEX"
 """Variables of a pod with the id of the job, and with its number in it, which Kubernetes sets."""
 CONFIG = "/etc/bigtrain/config.yaml"
 GROUP, CONTAINER = "node", "node"  # the names that Kubeflow Trainer looks for
-JOB_LABEL = "bigtrain/job"
+JOB_LABEL, RUN = "bigtrain/job", "bigtrain/run"  # a label with the name of the job, an annotation with the run's folder
 LONGEST_NAME = 42  # pods add -node-0-INDEX-abcde to it, and 63 characters is the end
 DECIDED = (FAILURE, USER_MISTAKE, HANG, SAME_CRASH)
 """Exit codes with which the launcher gives a run up: it has started the ranks again by itself, as often as `restarts` allows."""
@@ -150,6 +150,8 @@ def _check(job: Job) -> None:
                 f"launch.kubernetes.node_selector: {label}: {value!r} is no label of a node; see `kubectl get nodes --show-labels`"
             )
     workdir, run = PurePosixPath(pods.workdir), PurePosixPath(pods.workdir, job.run)
+    if workdir == PurePosixPath("/"):
+        raise UserError("launch.kubernetes.workdir: the claim mounted at / would hide the image; give a folder, as in /workspace")
     if ".." in run.parts or workdir not in run.parents:
         raise UserError(
             f"run.folder: {job.run} is not below launch.kubernetes.workdir ({workdir}), where the claim is mounted, and would be gone with"
@@ -164,7 +166,7 @@ def _object(version: str, kind: str, job: Job) -> Manifest:
 
 
 def _queued(manifest: Manifest, job: Job) -> Manifest:
-    manifest["metadata"]["annotations"] = {"bigtrain/run": job.run}
+    manifest["metadata"]["annotations"] = {RUN: job.run}
     if job.launch.kubernetes.queue:
         manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = job.launch.kubernetes.queue
     return manifest
@@ -187,7 +189,7 @@ def _job_set(job: Job) -> Manifest:
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
-        "template": {"metadata": {"labels": {JOB_LABEL: job.name}}, "spec": _pod(job)},
+        "template": {"metadata": {"labels": {JOB_LABEL: job.name}, "annotations": {RUN: job.run}}, "spec": _pod(job)},
     }
     labels = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"} if job.launch.kubernetes.kind == "trainjob" else {}
     template = {**({"metadata": {"labels": labels}} if labels else {}), "spec": pods}

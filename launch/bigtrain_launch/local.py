@@ -73,13 +73,12 @@ class Group(Protocol):
         """Send a signal to those that still run."""
 
 
-def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Mapping[str, str], threads: int | None) -> End:
+def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Mapping[str, str]) -> End:
     """Run `python -m bigtrain *argv` as `ranks` processes on this machine and return how they ended.
 
-    port: where the ranks meet, left out: a free one. environment: variables on top of this process's own, for example
-    DS_ACCELERATOR=cpu. threads: OMP_NUM_THREADS of a rank, left out: this process's cores shared out; a variable that
-    the user has set wins over both. Call it from the main thread: signals are handled here, and Linux ends the ranks
-    when the thread that started them ends.
+    port: where the ranks meet, left out: a free one. environment: variables on top of this process's own, for example what
+    environment.py adds. Call it from the main thread: signals are handled here, and Linux ends the ranks when the thread
+    that started them ends.
 
     SIGINT, SIGTERM and SIGUSR1 go to every rank once, and their end is waited for; a second Ctrl-C kills them. The exit code is 2
     where any rank found a user's mistake, else 76 where one found a hang, else that of the rank that failed first (a death
@@ -93,7 +92,6 @@ def launch(argv: Sequence[str], ranks: int, *, port: int | None, environment: Ma
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port() if port is None else checked_port(port)),
     }
-    shared.setdefault("OMP_NUM_THREADS", str(threads or max(1, cores() // ranks)))
     environments = {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)}
     with Signals() as signals, Processes(["-m", "bigtrain", *argv], environments) as processes:
         return watch(processes, signals)
@@ -288,11 +286,6 @@ def die_with_parent() -> Callable[[], None] | None:
             os._exit(FAILURE)
 
     return ask
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def say(text: str) -> None:

@@ -37,26 +37,27 @@ class Door:
         self._socket.close()
 
 
-def ways_here() -> list[str]:
-    """Addresses by which others may reach this machine: the one by which ssh has come first."""
-    came = os.environ.get("SSH_CONNECTION", "").split()
-    return list(dict.fromkeys([*came[2:3], *(str(address) for _, address in addresses() if not address.is_loopback)]))
+def ways_here(name: str) -> list[str]:
+    """By what others may reach this machine, which the launcher calls `name`, best first. The address by which ssh has come is what
+    that name means to the launcher, which may know it from its ~/.ssh/config alone."""
+    came = os.environ.get("SSH_CONNECTION", "").split()[2:3]
+    return list(dict.fromkeys([*came, name, *(str(address) for _, address in addresses() if not address.is_loopback)]))
 
 
-def knock(names: Sequence[str], port: int, nonce: str, seconds: float) -> dict[str, str]:
+def knock(ways: Sequence[str], port: int, nonce: str, seconds: float) -> dict[str, str]:
     """Look for the door with this number by each of these names and addresses, for so long each: the `address` that leads there,
     or the `problem` with all of them."""
     problems = []
-    for name in names:
+    for way in ways:
         try:
-            with socket.create_connection((name, port), timeout=seconds) as connection:
+            with socket.create_connection((way, port), timeout=seconds) as connection:
                 with connection.makefile("rb") as answer:
                     found = answer.readline(100).decode(errors="replace").strip()
                 address = connection.getpeername()[0]
         except OSError as error:
-            problems.append(f"{name}: {error.strerror or error}")
+            problems.append(f"{way}: {error.strerror or error}")
             continue
         if found == nonce:
             return {"address": address}
-        problems.append(f"{name}: that is another machine")
+        problems.append(f"{way}: that is another machine")
     return {"problem": f"port {port} is not to be reached ({'; '.join(problems)})"}

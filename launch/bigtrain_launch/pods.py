@@ -142,7 +142,8 @@ def serve(pod: Pod, run: RunFolder) -> int:
             agent.run()
             if agent.signalled:  # the launcher was told, and has let the ranks save
                 return STOPPED
-            say("the launcher is gone; waiting for the next, or for the end of the run")
+            if not _is_done(pod, run):
+                say("the launcher is gone; waiting for the next, or for the end of the run")
             since = time.monotonic()
     return DONE
 

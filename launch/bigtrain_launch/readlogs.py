@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,11 +14,14 @@ from bigtrain.errors import UserError
 from bigtrain.runfolder import RunFolder, read_json
 from bigtrain_launch import jobs
 from bigtrain_launch.jobs import Job
-from bigtrain_launch.kubernetes import JOB_LABEL
-from bigtrain_launch.tools import Unanswered, ask
+from bigtrain_launch.kubernetes import JOB_LABEL, RUN
+from bigtrain_launch.queues import KUBERNETES_ID
+from bigtrain_launch.tools import Unanswered, ask, one_line
 
 POLL_SECONDS = 0.2
 ASK_AGAIN_SECONDS = 5.0  # between questions to a scheduler whether the run goes on
+UNSURE_SECONDS = 90.0  # longer than the longest back-off
+LOGS = ("-m", "bigtrain", "logs")
 LONGEST_LINE = 1 << 20  # bytes that are waited for to be a line
 
 
@@ -65,23 +69,29 @@ def lines(
 def from_pods(job: Job, options: Sequence[str]) -> Iterator[str]:
     """The same from pod 0 of a job in Kubernetes, whose run's folder is not here: what `bigtrain logs` with these options says there
     or, where that pod has ended, what it printed. Raises UserError where there is neither."""
-    namespace, _, name = job.id.split("/")
-    chosen = [f"--namespace={namespace}", f"--selector={JOB_LABEL}={name},batch.kubernetes.io/job-completion-index=0"]
+    if not (parts := KUBERNETES_ID.fullmatch(job.id)):
+        raise UserError(f"{job.path}: is damaged: {job.id!r} is no job in Kubernetes")
+    namespace = f"--namespace={parts[1]}"
+    chosen = f"--selector={JOB_LABEL}={parts[3]},batch.kubernetes.io/job-completion-index=0"
     try:
-        there = ask(["kubectl", "get", "pods", *chosen, "--field-selector=status.phase=Running", "--output=name"]).split()
+        told = ask(["kubectl", "get", "pods", namespace, chosen, "--field-selector=status.phase=Running", "--output=json"])
+        # How to ask there is the pod's own word: a record in a folder may be anybody's.
+        there = [(pod["metadata"], pod["spec"]["containers"][0]["command"][0]) for pod in json.loads(told)["items"]]
+        argv = [["kubectl", "exec", namespace, f"pod/{m['name']}", "--", python, *LOGS, m["annotations"][RUN]] for m, python in there]
     except Unanswered as error:
         raise UserError(f"the run's folder is in Kubernetes, and {error}") from None
-    if there:
-        python, run = str(job.facts.get("python", "python3")), str(job.facts.get("folder"))
-        argv = ["kubectl", "exec", f"--namespace={namespace}", there[-1], "--", python, "-m", "bigtrain", "logs", run, *options]
+    except (ValueError, RecursionError, TypeError, KeyError, IndexError):
+        raise UserError(f"the run's folder is in Kubernetes, and kubectl does not tell of its pods, but {one_line(told)[:60]!r}") from None
+    if argv:
+        command = [*argv[-1], *options]
     elif set(options) <= {"--follow"}:
-        argv = ["kubectl", "logs", *chosen, "--tail=-1"]
+        command = ["kubectl", "logs", namespace, chosen, "--tail=-1"]
     else:
         raise UserError("pod 0 does not run: what it has printed is left (`bigtrain logs` without options); the logs are on the claim")
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         yield from (line.rstrip("\n") for line in process.stdout)
     if process.returncode:
-        raise UserError(f"`{shlex.join(argv)}` ended with exit code {process.returncode}")
+        raise UserError(f"`{shlex.join(command)}` ended with exit code {process.returncode}")
 
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:
@@ -148,14 +158,19 @@ class _Going:
     """Whether another attempt may still come."""
 
     def __init__(self, run: RunFolder):
-        self._run, self._asked = run, 0.0
+        self._run, self._next, self._unsure = run, 0.0, 0.0
 
     def end(self) -> str | None:
         """Why none will, in a line; None as long as one may."""
-        if time.monotonic() - self._asked < (ASK_AGAIN_SECONDS if self._asked else 0.0):
+        now = time.monotonic()
+        if now < self._next:
             return None
+        self._next = now + ASK_AGAIN_SECONDS
         found = jobs.states(jobs.read(self._run))
-        self._asked = time.monotonic()
         if any(state.active for state in found):
+            self._unsure = 0.0
             return None
+        if found and found[-1].active is None:  # a launcher elsewhere, between two attempts say
+            self._unsure = self._unsure or now
+            return f"whether it goes on cannot be told from here: {found[-1]}" if now - self._unsure > UNSURE_SECONDS else None
         return f"the run has ended: {found[-1]}" if found else "the run has not begun"

@@ -7,17 +7,38 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+from bigtrain_launch.channel import Message
 from bigtrain_launch.local import Exit, say
 from bigtrain_launch.strays import ATTEMPT, RUN
 
-if TYPE_CHECKING:
-    from bigtrain_launch.cluster import Cluster, Node
-
 POLL_SECONDS = 0.05
 KILL_SECONDS = 5.0  # for an agent to confirm that its ranks are dead
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a run, and how many ranks it gets."""
+
+    name: str
+    ranks: int
+
+
+class Links(Protocol):
+    """What is to be had of the machines here; see cluster.Cluster."""
+
+    show: Callable[[str], None]
+
+    def poll(self, seconds: float) -> list[tuple[str, Message]]: ...
+
+    def send(self, name: str, kind: str, /, **facts: Any) -> None: ...
+
+    def lost(self, name: str) -> str | None: ...
+
+    def drop(self, name: str, why: str) -> None: ...
 
 
 class Meeting(NamedTuple):
@@ -32,7 +53,7 @@ class Meeting(NamedTuple):
 class Remote:
     """The ranks of one start on all machines (a local.Group). When this context ends, so have they."""
 
-    def __init__(self, cluster: Cluster, nodes: Sequence[Node], show_first: bool):
+    def __init__(self, cluster: Links, nodes: Sequence[Node], show_first: bool):
         self._cluster, self._nodes, self._show_first = cluster, nodes, show_first
         self._token = secrets.token_hex(8)
         numbers = itertools.count()

@@ -17,16 +17,16 @@ LATE_SECONDS = 10  # by which Slurm may send a signal late
 GRACE_SECONDS = 120.0  # to save in before the time limit, where launch.grace does not say
 SUBMIT_SECONDS = 60.0  # a busy controller takes its time
 
+LIMITS = ("time", "partition", "account", "qos", "constraint", "exclude")
 DECIDED = {
     "--array": "--sweep", "--chdir": "the folder it is started in", "--dependency": "--after", "--export": "launch.forward",
     "--gpus-per-node": "launch.gpus_per_node", "--job-name": "run.name", "--nodes": "launch.nodes", "--ntasks": "launch.ranks_per_node",
     "--ntasks-per-node": "launch.ranks_per_node", "--open-mode": "bigtrain", "--output": "run.folder", "--signal": "launch.grace",
-    "--wrap": "bigtrain",
+    "--wrap": "bigtrain", **{f"--{key}": f"launch.{key}" for key in LIMITS},
 }  # fmt: skip
 """Options of sbatch that launch.sbatch may not give, and what decides them."""
 SHARES = {"--exclusive", "--oversubscribe", "--cpus-per-task", "--cpus-per-gpu", "--mincpus"}
 """Options that say how much of a node to have."""
-LIMITS = ("time", "partition", "account", "qos", "constraint", "exclude")
 SRUN = (
     *("srun", "--ntasks-per-node=1", "--export=ALL", "--input=none", "--cpu-bind=none", "--mpi=none"),
     *("--overlap", "--no-kill", "--kill-on-bad-exit=0", "--wait=0"),
@@ -78,10 +78,9 @@ def render(job: Job) -> str:
         *_if(settings.gpus_per_node, _option("gpus-per-node", settings.gpus_per_node)),
         *_if(nodes > 1 and not SHARES & given, "# All cores, unless launch.sbatch says how many.", _option("exclusive")),
         *(_option(key, getattr(settings, key)) for key in LIMITS if getattr(settings, key)),
+        f"# Before the time limit: save, and go on after a requeue. Slurm may be {LATE_SECONDS} s late.",
+        _option("signal", f"B:USR1@{notice(settings):.0f}"),
     ]
-    if settings.time:
-        lines.append(f"# Before the time limit: save, and go on after a requeue. Slurm may be {LATE_SECONDS} s late.")
-        lines.append(_option("signal", f"B:USR1@{notice(settings):.0f}"))
     lines += _if("--no-requeue" not in given, _option("requeue"))
     may_lose = settings.spares or (settings.min_nodes or settings.nodes) < settings.nodes
     lines += _if(may_lose, "# A lost node ends the ranks, not the job: the others go on.", _option("no-kill"))
@@ -92,12 +91,15 @@ def render(job: Job) -> str:
 
 def notice(settings: Launch) -> float:
     """Seconds before the time limit at which to be told: time to save, and for Slurm to be late."""
-    assert settings.seconds
-    return (settings.grace or min(GRACE_SECONDS, settings.seconds / 4)) + LATE_SECONDS
+    usual = GRACE_SECONDS if settings.seconds is None else min(GRACE_SECONDS, settings.seconds / 4)
+    return (settings.grace or usual) + LATE_SECONDS
 
 
 def _check(job: Job) -> None:
     settings = job.launch
+    for what, path in (("run.folder", job.folder), ("the working folder", job.workdir)):
+        if not path.isprintable():
+            raise UserError(f"{what}: {path!r} cannot stand in a script; name the folder otherwise")
     for option in settings.sbatch:
         if owner := DECIDED.get(option.partition("=")[0]):
             raise UserError(f"launch.sbatch: {option}: {owner} decides this; set that, and remove it here")

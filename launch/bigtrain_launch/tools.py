@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 ASK_SECONDS = 10.0
+_KLOG = re.compile(r"[IWEF][0-9]{4} [0-9:.]+ ")  # what kubectl's libraries mumble before it says the same in words
 LONGEST_ANSWER = 1 << 24  # bytes; squeue tells of a job in a hundred
 
 
@@ -48,7 +50,8 @@ def ask(argv: Sequence[str], text: str = "", seconds: float = ASK_SECONDS, envir
                 os.killpg(process.pid, signal.SIGKILL)  # with what it has started: a wrapper's child would hold on
                 process.wait()
     if process.returncode:
-        why = next((line for line in complained.splitlines() if line.strip()), f"exit code {process.returncode}")
+        lines = [line for line in complained.splitlines() if line.strip() and not _KLOG.match(line)]
+        why = lines[0] if lines else f"exit code {process.returncode}"
         raise Unanswered(f"{argv[0]}: {one_line(why)}", told)
     return told
 

@@ -48,9 +48,9 @@ def hosts(require, four, tmp_path_factory) -> SshNodes:
 
 @pytest.fixture(scope="session")
 def slurm(require, tmp_path_factory) -> Iterator[Slurm]:
-    """A Slurm of eight nodes for the whole test run. Sorted by name, n10 precedes n9."""
+    """A Slurm of nine nodes for the whole test run. Sorted by name, n10 precedes n9."""
     require(*PROGRAMS)
-    cluster = Slurm([f"n{number}" for number in range(8, 16)], tmp_path_factory.mktemp("slurm"), tag("bigslurm"))
+    cluster = Slurm([f"n{number}" for number in range(8, 17)], tmp_path_factory.mktemp("slurm"), tag("bigslurm"))
     try:
         yield cluster.up()
     finally:

@@ -154,7 +154,7 @@ def bigtrain():
     """Run `bigtrain` with these arguments."""
 
     def run(*argv: str, **options) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "PYTHONPATH": PATHS, "COLUMNS": "200"}
+        environment = {**os.environ, "PYTHONPATH": PATHS}
         options = {"env": environment, "text": True, "capture_output": True, "timeout": 60, "cwd": ROOT} | options
         return subprocess.run([sys.executable, "-m", "bigtrain", *argv], **options)
 

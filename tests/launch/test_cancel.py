@@ -1,7 +1,6 @@
 """How jobs are ended, wherever they run. Schedulers are stand-ins."""
 
 import os
-import re
 import subprocess
 
 import pytest
@@ -38,14 +37,14 @@ def cancelled(run) -> list[str]:
 @pytest.mark.parametrize("kind", ["local", "hosts"])
 def test_cancelling_a_launcher_waits_for_the_checkpoint(run, process, kind, bigtrain):
     launcher = process(LAUNCHER, run.path, kind, stdout=subprocess.PIPE)
-    assert launcher.stdout.readline() == "1\n" and not jobs.is_cancelled(run, kind, "1")
+    assert launcher.stdout.readline() == "1\n" and "cancelled" not in jobs.find(run, kind, "1").facts
     said = bigtrain("cancel", str(run.path))
     assert (said.returncode, said.stdout, launcher.wait()) == (0, "", 75)
     assert said.stderr.splitlines() == [
         f"bigtrain: asked the launcher (process {launcher.pid}) to save and end; waiting for it. Ctrl-C stops the waiting only",
         "bigtrain: ended; the same command goes on from step-00000007",
     ]
-    assert jobs.is_cancelled(run, kind, "1") and not jobs.is_cancelled(run, kind, "2")
+    assert jobs.find(run, kind, "1").facts["cancelled"]
     assert cancelled(run) == [f"nothing to cancel: {run.path}: stopped"]
 
 
@@ -104,7 +103,7 @@ def test_cancelling_slurm_jobs(run, tool, tmp_path, monkeypatch, put):
         "scancel --state=PENDING 9", "scancel --batch --signal=TERM 8", "scancel --state=PENDING 8",
     ]  # fmt: skip
     assert said[0] == "took Slurm job 9 from the queue" and said[1].startswith("asked Slurm job 8 to save and end") and len(said) == 3
-    assert jobs.is_cancelled(run, "slurm", "8") and cancelled(run) == [f"nothing to cancel: {run.path}: cancelled"]
+    assert jobs.find(run, "slurm", "8").facts["cancelled"] and cancelled(run) == [f"nothing to cancel: {run.path}: cancelled"]
 
 
 def test_cancelling_an_array(run, tool, tmp_path, monkeypatch, put):
@@ -150,9 +149,9 @@ def test_cancelling_in_kubernetes(run, tool, tmp_path, monkeypatch, kind, put):
     tool("kubectl", f'[ "$1" = get ] && [ ! -e {tmp_path}/gone ] && echo {{}}; [ "$1" = get ] || : > {tmp_path}/gone')
     put(run, "kubernetes", f"team/{kind}/one-1")
     said = cancelled(run)
-    deleted = [call for call in tool.calls() if "delete" in call]
-    assert re.match(f"kubectl delete {kind}s.* one-1 --namespace=team --cascade=foreground --wait=false$", deleted[0])
-    rest = "configmaps" + ",trainingruntimes.trainer.kubeflow.org" * (kind == "trainjob")
-    assert deleted[1:] == [f"kubectl delete {rest} --namespace=team --ignore-not-found --selector=bigtrain/job=one-1"]
+    (deleted,) = [call for call in tool.calls() if "delete" in call]
+    kinds = {"jobset": "jobsets.jobset.x-k8s.io", "trainjob": "trainjobs.trainer.kubeflow.org,trainingruntimes.trainer.kubeflow.org"}
+    chosen = "--namespace=team --selector=bigtrain/job=one-1"
+    assert deleted == f"kubectl delete {kinds[kind]},configmaps {chosen} --cascade=foreground --wait=false"
     assert said[0].startswith(f"deleted {kind} one-1 in namespace team; ")
     assert said[-1].startswith("ended; what it has saved is on its claim")

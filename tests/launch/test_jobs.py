@@ -39,6 +39,7 @@ def test_a_command_is_asked(tool):
     [
         ("echo made/it; echo 'no\033[31m such job' >&2; exit 3", "say: no [31m such job"),
         ("exit 7", "say: exit code 7"),
+        ("echo 'E1128 12:55:13.42 7580 memcache.go:265] Unhandled' >&2; echo 'refused' >&2; exit 1", "say: refused"),
         ("sleep 60 & sleep 60", "say: no answer in 0.5 s"),
         ("sleep 60 & exit 0", "say: no answer in 0.5 s"),  # its child holds the pipe
         ("exec >&- 2>&-; sleep 60", "say: no answer in 0.5 s"),
@@ -150,15 +151,25 @@ def test_a_launcher_that_lives_and_one_that_has_its_number(run, put):
 
 
 def test_a_launcher_on_another_machine_is_known_by_its_lease(run, attempt, put):
+    def state() -> str:
+        return str(jobs.states(jobs.read(run))[0])
+
     put(run, "hosts", "1", machine="elsewhere", host="login2", pid=77)
-    assert str(jobs.states(jobs.read(run))[0]) == "unknown (its launcher is process 77 on login2)"
+    unknown = "unknown (its launcher is process 77 on login2)"
+    assert state() == unknown
     attempt(run, 1)
     write_record(run.lease, {"attempt": 1, "seconds": 60.0, "machine": "elsewhere"})
-    assert str(jobs.states(jobs.read(run))[0]) == "running (on login2)"
+    assert state() == "running (on login2)"
     os.utime(run.lease, (time.time() - 61,) * 2)
-    assert str(jobs.states(jobs.read(run))[0]) == "killed"
+    assert state() == unknown
     write_record(run.lease, {"attempt": 1})  # damaged
-    assert str(jobs.states(jobs.read(run))[0]) == "killed"
+    assert state() == unknown
+    write_record(run.record(1), {"started": time.time(), "restart": True, **end(1)})  # it may be about to start the next
+    assert state() == unknown
+    write_record(run.record(1), {"started": time.time(), "restart": False, **end(75)})
+    assert state() == "stopped"
+    jobs.launch(run, "hosts", "1", lambda: 78)
+    assert state() == "same crash twice"
 
 
 def test_what_another_launcher_has_started_is_a_job_too(run, attempt):
@@ -188,6 +199,15 @@ def test_slurm_jobs(tool):
     assert (
         tool.calls()[0].startswith("squeue --noheader --states=all --jobs=11,12,13,13_2,15,16,17,19,21,22,23 ") and len(tool.calls()) == 2
     )
+
+
+@pytest.mark.parametrize(("squeue", "state"), [("echo '7|FAILED|NonZeroExitCode'", "failed"), ("echo '8|RUNNING|None'", "ended")])
+def test_what_slurm_calls_failed_or_forgets_has_a_better_name(run, tool, put, attempt, squeue, state):
+    tool("squeue", squeue)
+    put(run, "slurm", "7")
+    assert str(jobs.states(jobs.read(run))[0]).startswith(state)
+    attempt(run, 1, job="7", **end(75))
+    assert str(jobs.states(jobs.read(run))[0]) == "stopped"
 
 
 @pytest.mark.parametrize(
@@ -259,6 +279,9 @@ def test_kubernetes_that_is_missing_refuses_or_has_no_such_name(tool, run, monke
         put(run, "kubernetes", f"team/jobset/one-{number}")
     assert {str(state) for state in jobs.states(jobs.read(run))} == {"unknown (kubectl: no answer in 0.5 s)"}
     assert sum("one-" in call for call in tool.calls()) == 1
+    jobs.launch(run, "kubernetes", "team/jobset/one-2", lambda: 0)
+    jobs.launch(run, "kubernetes", "team/jobset/one-3", lambda: 77)
+    assert [str(state).split()[0] for state in jobs.states(jobs.read(run))] == ["unknown", "unknown", "done", "unknown", "unknown"]
 
 
 # ---- The table ----

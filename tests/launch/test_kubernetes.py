@@ -286,6 +286,7 @@ def test_names_are_told_apart():
         ({"kubernetes": {"claim": "Work"}}, "launch.kubernetes.claim: Work is no name in Kubernetes; .* as in my-claim"),
         ({"kubernetes": {"claim": "w", "secrets": ["ok", "x" * 64]}}, "launch.kubernetes.secrets: x{64} is no name"),
         ({"kubernetes": {"claim": "w", "queue": "A"}}, "launch.kubernetes.queue: A is no name"),
+        ({"kubernetes": {"claim": "w", "workdir": "/"}}, "launch.kubernetes.workdir: the claim mounted at / would hide the image"),
         ({"kubernetes": {"claim": "w", "node_selector": {"a": "b c"}}}, "launch.kubernetes.node_selector: a: 'b c' is no label of a node"),
         ({"kubernetes": {"claim": "w", "node_selector": {"a/b/c": ""}}}, "node_selector: a/b/c: '' is no label of a node"),
     ],

@@ -27,10 +27,10 @@ def ranks(tmp_path, monkeypatch):
     (tmp_path / "bigtrain").mkdir()
     monkeypatch.setattr(local, "GRACE_SECONDS", 0.4)
 
-    def run(script: str, n: int = 2, *, port=None, environment=None, threads=None) -> int:
+    def run(script: str, n: int = 2, *, port=None, environment=None) -> int:
         prelude = "import json, os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
         (tmp_path / "bigtrain/__main__.py").write_text(prelude + script)
-        return local.launch(["train", "x"], n, port=port, environment=environment or {}, threads=threads).code
+        return local.launch(["train", "x"], n, port=port, environment=environment or {}).code
 
     return run
 
@@ -39,9 +39,9 @@ WRITE_ENVIRONMENT = "json.dump([sys.argv[1:], dict(os.environ)], open(f'{rank}.j
 
 
 def test_environment_of_the_ranks(ranks, tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert ranks(WRITE_ENVIRONMENT, 2, environment={"DS_ACCELERATOR": "cpu"}, threads=5) == 0
+    assert ranks(WRITE_ENVIRONMENT, 2, environment={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "5"}) == 0
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for rank, (argv, environment) in enumerate(seen):
         assert argv == ["train", "x"]
@@ -49,16 +49,6 @@ def test_environment_of_the_ranks(ranks, tmp_path, monkeypatch):
         assert environment["MASTER_ADDR"] == "127.0.0.1" and environment["DS_ACCELERATOR"] == "cpu"
         assert environment["OMP_NUM_THREADS"] == "5" and environment["CUDA_VISIBLE_DEVICES"] == "3,1"
     assert seen[0][1]["MASTER_PORT"] == seen[1][1]["MASTER_PORT"]
-
-
-def test_threads_are_shared_out_unless_the_user_chose(ranks, tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(local, "cores", lambda: 7)
-    ranks(WRITE_ENVIRONMENT, 2)
-    assert json.loads((tmp_path / "1.json").read_text())[1]["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setenv("OMP_NUM_THREADS", "9")
-    ranks(WRITE_ENVIRONMENT, 1, threads=5)
-    assert json.loads((tmp_path / "0.json").read_text())[1]["OMP_NUM_THREADS"] == "9"
 
 
 def test_a_port_in_use_is_the_users_mistake(ranks):
@@ -135,7 +125,7 @@ def test_a_rank_that_stops_on_request_does_not_hurry_the_others(ranks, tmp_path)
     assert (tmp_path / "saved").exists()
 
 
-LAUNCHER = "import sys; from bigtrain_launch import local; sys.exit(local.launch([], 2, port=None, environment={}, threads=1).code)"
+LAUNCHER = "import sys; from bigtrain_launch import local; sys.exit(local.launch([], 2, port=None, environment={}).code)"
 COUNT_SIGNALS = """
 import os, signal, sys, time
 rank = os.environ['RANK']

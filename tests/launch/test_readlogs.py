@@ -1,6 +1,8 @@
 """The logs of a run's ranks, as they are and as they are written."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,7 +11,7 @@ import pytest
 
 from bigtrain.errors import UserError
 from bigtrain.runfolder import write_record
-from bigtrain_launch import jobs, readlogs
+from bigtrain_launch import readlogs
 
 END = {"ended": 1.0, "exit_code": 0}
 
@@ -100,23 +102,50 @@ def test_logs_into_a_pipe_that_closes(run, attempt, process):
 
 def test_logs_that_are_in_kubernetes(run, put, tool, tmp_path, bigtrain):
     """Where the run's folder is not here, pod 0 is asked, or what it has printed."""
-    (tmp_path / "bin/printf").symlink_to("/usr/bin/printf")
     tool("kubectl", f'case "$1" in get) cat {tmp_path}/pods;; *) printf "loss 1.0\\n\\033[2J"; [ ! -e {tmp_path}/broken ];; esac')
-    put(run, "kubernetes", "team/jobset/one-1", python="/opt/venv/bin/python", folder="runs/one")
-    (tmp_path / "pods").write_text("pod/one-1-node-0-0-x7k2p\n")
+    put(run, "kubernetes", "team/jobset/one-1")
+    metadata = {"name": "one-1-node-0-0-x7k2p", "annotations": {"bigtrain/run": "runs/one"}}
+    pod = {"metadata": metadata, "spec": {"containers": [{"command": ["/opt/venv/bin/python", "-m", "bigtrain"]}]}}
+    (tmp_path / "pods").write_text(json.dumps({"items": [pod]}))
     shown = bigtrain("logs", str(run.path), "-f", "--rank", "3", "--grep", "a b")
     assert (shown.returncode, shown.stdout) == (0, "loss 1.0\n\033[2J\n"), shown.stderr
     there = "--namespace=team pod/one-1-node-0-0-x7k2p -- /opt/venv/bin/python -m bigtrain logs runs/one"
     assert tool.calls()[-1] == f"kubectl exec {there} --rank=3 --grep=a b --follow"
-    (tmp_path / "pods").write_text("")
+    (tmp_path / "pods").write_text('{"items": []}')
     assert bigtrain("logs", str(run.path)).stdout.startswith("loss 1.0\n")
     selector = "--selector=bigtrain/job=one-1,batch.kubernetes.io/job-completion-index=0"
     assert tool.calls()[-1] == f"kubectl logs --namespace=team {selector} --tail=-1"
-    with pytest.raises(UserError, match="pod 0 does not run: what it has printed is left"):
-        list(readlogs.from_pods(jobs.read(run)[-1], ["--rank=1"]))
-    (tmp_path / "broken").touch()
-    with pytest.raises(UserError, match="`kubectl logs .*` ended with exit code 1"):
-        list(readlogs.from_pods(jobs.read(run)[-1], []))
-    (tmp_path / "bin/kubectl").unlink()
-    with pytest.raises(UserError, match="the run's folder is in Kubernetes, and kubectl: not installed on this machine"):
-        list(readlogs.from_pods(jobs.read(run)[-1], []))
+
+
+def test_logs_that_kubernetes_does_not_give(run, put, tool, tmp_path):
+    job = put(run, "kubernetes", "team/jobset/one-1")
+
+    def refused(*options: str) -> str:
+        with pytest.raises(UserError) as error:
+            list(readlogs.from_pods(job, options))
+        return str(error.value)
+
+    assert refused() == "the run's folder is in Kubernetes, and kubectl: not installed on this machine"
+    tool("kubectl", f'[ "$1" = get ] && cat {tmp_path}/pods')
+    for answer in ("<html>", "[]", '{"items": [{}]}', '{"items": 7}', "[" * 100000):
+        (tmp_path / "pods").write_text(answer)
+        assert refused().startswith("the run's folder is in Kubernetes, and kubectl does not tell of its pods, but '")
+    (tmp_path / "pods").write_text('{"items": []}')
+    assert refused("--rank=1").startswith("pod 0 does not run: what it has printed is left")
+    assert re.match("`kubectl logs .*` ended with exit code 1$", refused())
+    job = put(run, "kubernetes", "--all/x")
+    assert refused().endswith("0002.json: is damaged: '--all/x' is no job in Kubernetes")
+
+
+def test_what_cannot_be_told_is_waited_for_a_while(run, put, attempt, monkeypatch):
+    """A launcher on another machine that may be about to start the run again."""
+    monkeypatch.setattr(readlogs, "ASK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(readlogs, "UNSURE_SECONDS", 1.0)
+    put(run, "hosts", "1", machine="elsewhere", host="login2", pid=7)
+    attempt(run, 1, "first\n", ended=1.0, exit_code=1, restart=True)
+    said = []
+    lines = readlogs.lines(run, None, None, None, True, said.append)
+    assert next(lines) == "first"
+    attempt(run, 2, "second\n", ended=1.0, exit_code=1, restart=True)
+    assert list(lines) == ["second"]
+    assert said == ["attempt 2", "whether it goes on cannot be told from here: unknown (its launcher is process 7 on login2)"]

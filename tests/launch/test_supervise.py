@@ -110,7 +110,7 @@ def supervised(tmp_path, monkeypatch, capfd):
         (tmp_path / "bigtrain/__main__.py").write_text(PRELUDE + script)
 
         def ranks_here(own):
-            return local.launch(["train", "x"], ranks, port=None, environment={"RUN": str(run.path), **own}, threads=1)
+            return local.launch(["train", "x"], ranks, port=None, environment={"RUN": str(run.path), **own})
 
         with local.Signals() as signals:
             code = supervise(ranks_here, run, settings(**restarts), signals)
@@ -198,7 +198,7 @@ def supervisor(tmp_path):
             "from bigtrain_launch.local import Signals, launch; from bigtrain_launch.supervise import supervise\n"
             f"os.environ['PYTHONPATH'] = {str(stand_in.parent)!r}\n"
             f"config = Config.model_validate_json({settings(**restarts).model_dump_json()!r})\n"
-            "def start(own): return launch([], 1, port=None, environment=own, threads=1)\n"
+            "def start(own): return launch([], 1, port=None, environment=own)\n"
             f"with Signals() as signals: sys.exit(supervise(start, RunFolder({str(tmp_path)!r}), config, signals))"
         )
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}"}
