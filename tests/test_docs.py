@@ -1,5 +1,6 @@
 """The documents say what the code says. `python tests/test_docs.py` writes the table of docs/configuration.md again."""
 
+import ast
 import json
 import re
 import shlex
@@ -103,6 +104,16 @@ def test_the_variables_of_ranks_are_explained():
 
     rows = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs/launch.md").read_text(), re.MULTILINE)
     assert rows == [setting.name for setting in planned({})]
+
+
+def test_the_messages_that_are_explained_are_those_of_the_code():
+    files = [f for folder in ("bigtrain", "launch/bigtrain_launch") for f in (ROOT / folder).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    said = {node.value.strip() for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    section = (ROOT / "docs/launch.md").read_text().partition("## What goes wrong")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| `(.*?)` \|", section, re.MULTILINE)
+    assert len(messages) > 15
+    assert [message for message in messages if not any(text in message for text in said if len(text) > 15)] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

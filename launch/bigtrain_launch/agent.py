@@ -36,6 +36,7 @@ from bigtrain_launch.local import Processes, Signals, checked_port, free_port
 JOIN_SECONDS = 120.0  # for a launcher that starts later than its agents
 KNOCK_SECONDS = 4.0  # for each address that is tried
 POLL_SECONDS = 0.1
+SOON_SECONDS = 0.005  # the order in which ranks end, on different machines, says who was first
 READ_BYTES = 1 << 16
 BACKLOG_BYTES = 1 << 20  # a launcher that does not keep up: ranks have to wait until their output is taken
 
@@ -56,7 +57,7 @@ class Agent:
         """Returns when the launcher is gone, and no rank is left."""
         try:
             while not self._channel.lost:
-                self._selector.select(POLL_SECONDS)
+                self._selector.select(SOON_SECONDS if self._job and self._job.ending else POLL_SECONDS)
                 for message in self._channel.receive():
                     self._answer(message)
                 for number in self._signals.take():
@@ -139,6 +140,11 @@ class _Job:
         for pipe in self._pipes.values():
             os.set_blocking(pipe.fileno(), False)
             selector.register(pipe, selectors.EVENT_READ)
+
+    @property
+    def ending(self) -> bool:
+        """A rank prints no more, but has not ended yet."""
+        return len(self._pipes) < len(self._processes.running)
 
     def report(self) -> None:
         """Tell what the ranks have printed, and which have ended."""

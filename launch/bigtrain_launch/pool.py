@@ -83,12 +83,24 @@ def start_on(
         before = run.attempts()
         end = cluster.attempt(nodes, argv, {**environment, **own}, run=str(run.path.absolute()), port=port)
         suspects = end.suspects
-        if end.code == HANG and (new := [number for number in run.attempts() if number not in before]):
+        if new := [number for number in run.attempts() if number not in before]:
             hosts = [node.name for node in nodes for _ in range(node.ranks)]
-            late = read_json(run.hang(new[-1])).get("late", [])
-            suspects = tuple(dict.fromkeys([*suspects, *(hosts[rank] for rank in late)]))
+            suspects = tuple(dict.fromkeys(hosts[rank] for rank in _blamed(run, new[-1], end))) or suspects
         if not end.asked:
             pool.blame(suspects, end.gone, end.reason or f"rank {end.rank} ended with exit code {end.code}")
         return end
 
     return start
+
+
+def _blamed(run: RunFolder, attempt: int, end: End) -> list[int]:
+    """Ranks that are to blame by what they have left: who was late in a hang, and who failed by itself where the first to end had
+    only lost another. Empty where the end itself says more."""
+    if end.code == HANG:
+        return read_json(run.hang(attempt)).get("late", [])
+    if end.gone or end.killed_by:
+        return []
+    failed = [beat for beat in run.heartbeats(attempt, now=0.0) if beat.get("exit_code") == end.code]
+    if not any(beat["lost"] for beat in failed if beat["rank"] == end.rank):
+        return []
+    return [beat["rank"] for beat in failed if not beat["lost"]]

@@ -231,7 +231,7 @@ def test_a_folder_that_is_not_there(attempt, cluster, tmp_path, monkeypatch, cap
     assert cluster.connect(["a", "b"]) == {}
     monkeypatch.setattr(remote.os, "getcwd", lambda: "/not/there")
     end = attempt("")
-    assert end.gone == ("a", "b") and end.reason == "a cannot start ranks: /not/there: No such file or directory"
+    assert sorted(end.gone) == ["a", "b"] and end.reason == f"{end.host} cannot start ranks: /not/there: No such file or directory"
 
 
 def test_a_port_that_is_taken(attempt):
@@ -339,3 +339,27 @@ def test_nothing_is_left_open(pipes, tmp_path):
         cluster.connect(["a", "b"])
     assert len(os.listdir("/proc/self/fd")) == before
     assert [agent.wait(20) for agent in pipes.agents.values()] == [0, 0]
+
+
+def test_the_last_words_of_an_earlier_start_are_not_heard():
+    class Links:
+        show = print
+
+        def poll(self, seconds):
+            return [("a", {"kind": "ended", "token": token, "rank": 1, "code": 0, "tail": ""}) for token in ("earlier", sent["token"])]
+
+        def send(self, name, kind, /, **facts):
+            sent.update(facts)
+
+        def lost(self, name):
+            return None
+
+        def drop(self, name, why):
+            pass
+
+    sent = {}
+    ranks = remote.Remote(Links(), [A], show_first=True)
+    ranks.start([], {}, {"a": remote.Meeting("127.0.0.1", 1, None)}, "", 0)
+    assert ranks.ended(0) == [local.Exit(1, 0, "a")] and ranks.running == {0}
+    sent["token"] = "another"
+    assert ranks.ended(0) == []

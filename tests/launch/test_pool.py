@@ -127,6 +127,32 @@ def test_who_is_late_in_a_hang_is_to_blame(supervised, capfd):
     assert "n2 is left out: it has failed 2 times" in capfd.readouterr().err
 
 
+LOST = """
+import time
+here = f"{run}/{os.environ['BIGTRAIN_ATTEMPT']}"
+def beat(rank): return f"{here}/heartbeat/rank-0000{rank}.json"
+def wait(path):
+    while not os.path.exists(path): time.sleep(0.01)
+if rank == 0: os.symlink(f"attempts/{tries}", here)
+wait(here)
+if node == "n3": sys.exit()
+if rank == 0 and tries == 3: sys.exit()
+if rank == 0: wait(beat(1))
+facts = dict(rank=rank, step=len(os.listdir(f"{run}/attempts")), position=0, exit_code=1, reason="x", restart=True, lost=rank == 0)
+json.dump(facts, open(beat(rank), "w"))
+if rank == 1: time.sleep(0.2)
+sys.exit(1)
+"""
+
+
+def test_who_only_lost_another_is_not_to_blame(supervised, capfd):
+    """Though it was the first to be seen to end."""
+    code, machines = supervised(LOST)
+    said = capfd.readouterr().err
+    assert code == 0 and sorted(machines[-2:]) == ["n1", "n3"], said
+    assert "n2 is left out: it has failed 2 times" in said
+
+
 def test_no_rank_starts_on_too_few_machines(supervised, pipes, capfd):
     pipes.dead = {"n2": "no route", "n3": "no route"}
     assert supervised("") == (BAD_NODE, [])
