@@ -34,7 +34,7 @@ from bigtrain.runfolder import process_start
 
 MATMUL_SECONDS = 0.5
 SPAN_SECONDS = 0.02  # a transfer this long is believed; at 200 Mbit/s it is half a megabyte
-REPEATS = 8  # of which the best counts: other traffic, and other processes, only slow down
+REPEATS = 8
 SMALLEST, LARGEST = 1 << 16, 1 << 26
 ALL_PAIRS = 16  # nodes up to which every pair is measured
 PAIR_SECONDS = 5.0  # of a transfer between two nodes: less than 13 kB/s is no link
@@ -241,8 +241,8 @@ def _bandwidth(collective: Callable[[torch.Tensor], Any], device: torch.device, 
 
 
 def pairs(device: torch.device, leaders: list[int], rank: int, store: dist.Store, answer: Answer) -> None:
-    """Tell what this rank sent, as [to which node, GB/s, None], growing pair by pair, or [to which node, 0.0, why nothing passed].
-    `leaders`: the first rank of each node."""
+    """Tell what this rank sent, as [to which node, GB/s at best, GB/s usually, why nothing passed where nothing did], growing pair by
+    pair. `leaders`: the first rank of each node."""
     here, found = leaders.index(rank), []
     for one, other in (pair for a_round in schedule(len(leaders)) for pair in a_round if here in pair):
         peer = other if here == one else one
@@ -254,9 +254,9 @@ def pairs(device: torch.device, leaders: list[int], rank: int, store: dist.Store
         group = None
         try:
             group = dist.new_group([leaders[one], leaders[other]], timeout=timedelta(seconds=PAIR_SECONDS), use_local_synchronization=True)
-            found.append([peer, _exchange(device, leaders[one], leaders[other], rank, group), None])
+            found.append([peer, *_exchange(device, leaders[one], leaders[other], rank, group), None])
         except RuntimeError as error:  # fails this pair only: each has its own connection
-            found.append([peer, 0.0, str(error).splitlines()[0][:200]])
+            found.append([peer, 0.0, 0.0, str(error).splitlines()[0][:200]])
         answer.tell(pairs=found)
         with suppress(RuntimeError):  # who hangs up first could cut the other's last message short
             _both(store, "parted", here, peer, PAIR_SECONDS)
@@ -271,18 +271,21 @@ def _both(store: dist.Store, what: str, here: int, peer: int, seconds: float) ->
     store.wait([f"{what}/{peer}/{here}"], timedelta(seconds=seconds))
 
 
-def _exchange(device: torch.device, one: int, other: int, rank: int, group: dist.ProcessGroup) -> float:
-    """GB/s from this rank to the other of a pair. They take turns, so that a cable that is slow one way shows which."""
-    mine = 0.0
-    for sender, receiver in ((one, other), (other, one)):
-        for bytes_ in _sizes(device):
-            seconds = _transfer(bytes_, device, sender, receiver, rank, group)
-            if seconds > SPAN_SECONDS:
+def _exchange(device: torch.device, one: int, other: int, rank: int, group: dist.ProcessGroup) -> tuple[float, float]:
+    """GB/s from this rank to the other of a pair, at best and usually. They take turns, so that a cable that is slow one way shows
+    which, and a machine that is busy for a while slows both ways."""
+    ways = ((one, other), (other, one))
+    sizes, seconds = {}, {}
+    for way in ways:
+        for sizes[way] in _sizes(device):
+            seconds[way] = [_transfer(sizes[way], device, *way, rank, group)]
+            if seconds[way][0] > SPAN_SECONDS:
                 break
-        again = [_transfer(bytes_, device, sender, receiver, rank, group) for _ in range(REPEATS)]
-        if rank == sender:
-            mine = bytes_ / min(seconds, *again) / 1e9
-    return mine
+    for _ in range(REPEATS):
+        for way in ways:
+            seconds[way].append(_transfer(sizes[way], device, *way, rank, group))
+    mine = ways[rank == other]
+    return sizes[mine] / min(seconds[mine]) / 1e9, sizes[mine] / statistics.median(seconds[mine]) / 1e9
 
 
 def _transfer(bytes_: int, device: torch.device, sender: int, receiver: int, rank: int, group: dist.ProcessGroup) -> float:

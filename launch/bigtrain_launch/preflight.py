@@ -23,7 +23,7 @@ from bigtrain.errors import RunError
 from bigtrain.runfolder import RunFolder
 from bigtrain_launch.cluster import Cluster, Node
 from bigtrain_launch.facts import LAUNCHER_WORD
-from bigtrain_launch.verdict import Finding, bandwidths, judge_answers, judge_facts, rank_nodes
+from bigtrain_launch.verdict import Finding, judge_answers, judge_facts, measured_links, rank_nodes
 
 FACT_SECONDS = 20.0  # of the time for all; a machine that takes longer to look at itself is not well
 KILL_SHARE = 0.9  # of the time that is left, for the ranks to end by themselves
@@ -119,18 +119,19 @@ def _ask(cluster: Cluster, nodes: Sequence[Node], config: Config, run: RunFolder
 
 
 def best_of(first: Answers, second: Answers) -> Answers:
-    """The better of two measurements, figure by figure: what is slow for good is slow in both."""
+    """Two measurements as one that blames nobody whom either of them clears."""
     merged = {}
     for rank in first.keys() | second.keys():
         one, two = first.get(rank, {}), second.get(rank, {})
         merged[rank] = one | two
         if "tflops" in one and "tflops" in two:
             merged[rank]["tflops"] = max(one["tflops"], two["tflops"])
-        rates = {peer: (rate, why) for peer, rate, why in one.get("pairs", ())}
-        for peer, rate, why in two.get("pairs", ()):
-            rates[peer] = max(rates.get(peer, (rate, why)), (rate, why), key=lambda found: found[0])
-        if rates:
-            merged[rank]["pairs"] = [[peer, *found] for peer, found in rates.items()]
+        links = {peer: measured for peer, *measured in one.get("pairs", ())}
+        for peer, best, usual, why in two.get("pairs", ()):
+            other_best, other_usual, other_why = links.get(peer, (best, usual, why))
+            links[peer] = [max(best, other_best), min(usual, other_usual), why and other_why]
+        if links:
+            merged[rank]["pairs"] = [[peer, *measured] for peer, measured in links.items()]
     return merged
 
 
@@ -173,7 +174,7 @@ def _table(verdict: Verdict) -> Table:
     for column in ("TFLOP/s", "sends Gbit/s", "receives Gbit/s", "free GiB", "clock s"):
         table.add_column(column, justify="right")
     table.add_column("")
-    where, (sent, _) = rank_nodes(verdict.nodes), bandwidths(verdict.nodes, verdict.answers)
+    where, links = rank_nodes(verdict.nodes), measured_links(verdict.nodes, verdict.answers)
     bad, doubtful = verdict.problems, {f.node for f in verdict.findings}
     rows = sorted(verdict.nodes, key=lambda node: (node.name not in bad, node.name not in doubtful))
     for node in rows[:ROWS]:
@@ -185,7 +186,10 @@ def _table(verdict: Verdict) -> Table:
             node.name,
             next((answer["device"] for answer in ranks if "device" in answer), ""),
             f"{min(speeds):,.3g}" if speeds else "",
-            *(f"{8 * median(rates):.3g}" if (rates := [r for pair, r in sent.items() if pair[end] == node.name]) else "" for end in (0, 1)),
+            *(
+                f"{8 * median(rates):.3g}" if (rates := [link.usual for pair, link in links.items() if pair[end] == node.name]) else ""
+                for end in (0, 1)
+            ),
             f"{free:,.0f}" if free is not None else "",
             f"{facts['clock']:+.2f}" if facts.get("clock") is not None else "",
             "problem" if node.name in bad else "warning" if node.name in doubtful else "ok" if facts else "silent",

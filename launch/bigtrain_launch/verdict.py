@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median, median_high
-from typing import Any
+from typing import Any, NamedTuple
 
 from bigtrain.configlaunch import Preflight
 from bigtrain_launch.cluster import Node
@@ -202,15 +203,15 @@ def _devices(where: Sequence[str], answers: Mapping[int, dict[str, Any]], settin
 
 
 def _network(nodes: Sequence[Node], answers: Mapping[int, dict[str, Any]], settings: Preflight) -> Iterator[Finding]:
-    sent, reasons = bandwidths(nodes, answers)
-    slow_nodes, slow_links, uneven = slow_places(sent, settings.slow_link)
+    links = measured_links(nodes, answers)
+    slow_nodes, slow_links, uneven = slow_places(links, settings.slow_link)
     for name, (way, best, usual) in slow_nodes.items():
         text = f"{way} no faster than {_rate(best)} {'to' if way == 'sends' else 'from'} any other node; usual here: {_rate(usual)}"
         yield Finding(name, text, "look at its cable, its port of the switch and ethtool", speed=True)
-    for blamed, (one, other, usual) in slow_links:
-        ways = [f"{a} to {b} {_rate(sent[a, b])}" for a, b in ((one, other), (other, one)) if (a, b) in sent]
-        why = f" ({reasons[one, other]})" if (one, other) in reasons else ""
-        text = f"the link between {one} and {other} is slow: {', '.join(ways)}{why}; usual here: {_rate(usual)}"
+    for blamed, (one, other), usual in slow_links:
+        there = [(f"{a} to {b} {_rate(links[a, b].best)}", links[a, b].why) for a, b in ((one, other), (other, one)) if (a, b) in links]
+        why = next((f" ({why})" for _, why in there if why), "")
+        text = f"the link between {one} and {other} is slow: {', '.join(rate for rate, _ in there)}{why}; usual here: {_rate(usual)}"
         yield Finding(blamed, text, "look at the cables and switches between the two", speed=True)
     if uneven:
         yield Finding(None, uneven, "give the scheduler's topology options, so that nodes are close together", problem=False, speed=True)
@@ -219,50 +220,57 @@ def _network(nodes: Sequence[Node], answers: Mapping[int, dict[str, Any]], setti
 Pair = tuple[str, str]
 
 
-def bandwidths(nodes: Sequence[Node], answers: Mapping[int, dict[str, Any]]) -> tuple[dict[Pair, float], dict[Pair, str]]:
-    """GB/s by (from, to), and why nothing passed where nothing did."""
+class Link(NamedTuple):
+    """What passed from one node to another, in GB/s."""
+
+    best: float
+    usual: float
+    why: str | None = None
+    """Why nothing passed where nothing did."""
+
+
+def measured_links(nodes: Sequence[Node], answers: Mapping[int, dict[str, Any]]) -> dict[Pair, Link]:
+    """Links by (from, to)."""
     names = [node.name for node in nodes]
-    leaders, at = [], 0
-    for node in nodes:
-        leaders.append(answers.get(at, {}))
-        at += node.ranks
-    sent, reasons = {}, {}
+    first = list(accumulate((node.ranks for node in nodes[:-1]), initial=0))
+    leaders = [answers.get(rank, {}) for rank in first]
+    links = {}
     for index, (name, answer) in enumerate(zip(names, leaders)):
-        for peer, rate, reason in answer.get("pairs", ()):
-            sent[name, names[peer]] = rate
-            if reason:
-                reasons[name, names[peer]] = reasons[names[peer], name] = reason
+        for peer, *measured in answer.get("pairs", ()):
+            links[name, names[peer]] = Link(*measured)
         peer = answer.get("peer")
         if peer is not None and leaders[peer].get("peer") == index:  # both hung, in each other
-            sent[name, names[peer]], reasons[name, names[peer]] = 0.0, "no answer"
-    return sent, reasons
+            links[name, names[peer]] = Link(0.0, 0.0, "no answer")
+    return links
 
 
 def slow_places(
-    sent: Mapping[Pair, float], share: float
-) -> tuple[dict[str, tuple[str, float, float]], list[tuple[str, tuple[str, str, float]]], str | None]:
-    """From GB/s by (from, to): nodes that are slow with every other, as (which way, their best, the usual); links that are slow between
-    others, each with the node to do without; and a word where so many are slow that it is how the network is built.
+    links: Mapping[Pair, Link], share: float
+) -> tuple[dict[str, tuple[str, float, float]], list[tuple[str, Pair, float]], str | None]:
+    """Nodes that are slow with every other, as (which way, their best, the usual); links that are slow between others, as (the node to do
+    without, the two, the usual); and a word where so many are slow that it is how the network is built.
 
-    A node is judged by its best link, against the median of the nodes' best ones: one bad cable drags all links of its node
-    down, half of all links where there are four nodes.
+    What a link did at best is compared with what is usual: on busy machines the best is a matter of luck. A node is judged by its
+    fastest link: one bad cable drags all links of its node down, half of all links where there are four nodes.
     """
     slow: dict[str, tuple[str, float, float]] = {}
     for way, end in (("sends", 0), ("receives", 1)):
         best: dict[str, float] = {}
-        for pair, rate in sent.items():
-            best[pair[end]] = max(rate, best.get(pair[end], 0.0))
-        usual = median(best.values()) if len(best) > 2 else 0.0
+        common: dict[str, float] = {}
+        for pair, link in links.items():
+            best[pair[end]] = max(link.best, best.get(pair[end], 0.0))
+            common[pair[end]] = max(link.usual, common.get(pair[end], 0.0))
+        usual = median(common.values()) if len(common) > 2 else 0.0
         slow |= {name: (way, rate, usual) for name, rate in best.items() if rate < share * usual and name not in slow}
-    rest = {pair: rate for pair, rate in sent.items() if not slow.keys() & set(pair)}
-    usual = median_high(rest.values()) if rest else 0.0
-    links = {tuple(sorted(pair)) for pair, rate in rest.items() if rate < share * usual}
-    if len(links) > max(2, len(rest) // 8):  # rest has two ways of each pair: a quarter of the pairs
-        text = f"{len(links)} of {len(rest) // 2} links are below {share:.0%} of the median, {_rate(usual)}: the network is not even"
+    rest = {pair: link for pair, link in links.items() if not slow.keys() & set(pair)}
+    usual = median_high(link.usual for link in rest.values()) if rest else 0.0
+    found = {tuple(sorted(pair)) for pair, link in rest.items() if link.best < share * usual}
+    if len(found) > max(2, len(rest) // 8):  # rest has two ways of each pair: a quarter of the pairs
+        text = f"{len(found)} of {len(rest) // 2} links are below {share:.0%} of the median, {_rate(usual)}: the network is not even"
         return slow, [], text
-    touched = Counter(name for link in links for name in link)
-    worst = {name: min(rate for pair, rate in rest.items() if pair[0] == name) for name in touched}
-    blamed = [(max(link, key=lambda n: (touched[n], -worst[n])), (*link, usual)) for link in sorted(links)]
+    touched = Counter(name for pair in found for name in pair)
+    worst = {name: min(link.best for pair, link in rest.items() if pair[0] == name) for name in touched}
+    blamed = [(max(pair, key=lambda n: (touched[n], -worst[n])), pair, usual) for pair in sorted(found)]
     return slow, blamed, None
 
 
