@@ -9,8 +9,9 @@ test: .venv/.test  ## set up, then style checks and tests
 	$(BIN)/bigtrain ops build
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest tests/interpreted
+	$(BIN)/python -m pytest --ignore tests/cluster --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/interpreted --numprocesses 2
 
 cluster-tools:  ## install what tests of several machines need (root, Debian); from then on `make test` insists on them
 	.ci/cluster-tools
