@@ -133,14 +133,14 @@ def kills(config: Path, overrides: Sequence[str], count: int, seed: int = 0, tel
     """Kill a random rank `count` times, every second time while a checkpoint is being written, then let the run end."""
     chance, found = random.Random(seed), Found()
     other = undisturbed(config, overrides, "not-killed")
-    inside = 0
+    inside = killed_at = 0
     with Job(config, overrides, "killed") as job:
         for number in range(1, count + 1):
             started = time.monotonic()
-            while True:  # a start is killed once it has saved something, so that the run gets on
+            while True:  # a start is killed once it has saved more than the one before, or it might be the same crash twice
                 attempt = job.attempt
-                before = {p.name for p in format.checkpoints(job.run.checkpoints)}
-                if job.steps(attempt) > job.config.checkpoint.every and len(job.pids(attempt)) > 1:
+                before = format.checkpoints(job.run.checkpoints)
+                if before and format.step_of(before[-1]) > killed_at and len(job.pids(attempt)) > 1:
                     break
                 if job.process.poll() is not None or time.monotonic() - started > START_SECONDS:
                     found.lost.append(f"kill {number}: nothing to kill: exit code {job.process.poll()}; see {job.screen}")
@@ -153,7 +153,10 @@ def kills(config: Path, overrides: Sequence[str], count: int, seed: int = 0, tel
             else:
                 time.sleep(chance.random() * 0.3)
             os.kill(chance.choice(job.pids(attempt)), signal.SIGKILL)
-            job.wait_until(lambda attempt=attempt: job.attempt > attempt, "a restart")
+            if not job.wait_until(lambda attempt=attempt: job.attempt > attempt, "a restart"):
+                found.lost.append(f"kill {number}: no restart: exit code {job.process.poll()}; see {job.screen}")
+                return found
+            killed_at = max(row["step"] for row in latest_rows(job.run.metrics, "loss")) + 2  # rows are a step late
             hit = any(job.run.checkpoints.glob(".step-*.writing"))
             inside += hit
             tell(f"kill {number} of {count}: attempt {attempt}, {len(before)} checkpoints{', inside a save' if hit else ''}")

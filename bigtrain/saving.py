@@ -83,8 +83,8 @@ class Saving:
             self.saved = progress.step
 
     def begin(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """Begin, or with checkpoint.asynchronous: false make, a checkpoint on the way. One that cannot be written is a warning,
-        unless checkpoint.on_error says stop."""
+        """Begin, or with checkpoint.asynchronous: false make, a checkpoint on the way. One that cannot be written is a warning, or
+        where checkpoint.on_error says stop a RunError on all ranks; a run that was lost to another attempt always ends."""
         self.pulse("save")
         self.finish()
         write = self.saver.start if self.config.checkpoint.asynchronous else self.saver.write
@@ -95,7 +95,7 @@ class Saving:
             self._not_saved(error)
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written in the background."""
+        """Wait for the checkpoint that is being written in the background; that it could not be is told as `begin` does."""
         try:
             self.saver.wait()
         except RunError as error:
@@ -156,7 +156,8 @@ class Saving:
         return Progress.of(state)
 
     def start_from(self, path: Path, kind: str) -> None:
-        """Take the weights of another run's checkpoint, with a fresh optimizer (fine-tuning)."""
+        """Take the weights of another run's checkpoint, with a fresh optimizer (fine-tuning). Raises UserError when it is damaged, of
+        another model, or has no weights of this `kind`."""
         checkpoint = find(path)
         if problem := check(checkpoint, self.world):
             raise UserError(f"init.checkpoint: {problem}")

@@ -153,6 +153,7 @@ class Trainer:
             return [], self.progress.position
 
     def found_damage(self, error: UserError) -> None:
+        """Keep it until all ranks meet again, see `refuse`."""
         self.damage = self.damage or str(error)
 
     def refuse(self, damaged: float) -> None:
@@ -297,7 +298,8 @@ class Trainer:
         return found or [f"sequences {first} to {last}"]
 
     def evaluate(self) -> bool:
-        """Evaluate on the held-out split and write samples. Returns whether early stopping says that it is enough."""
+        """Evaluate on the held-out split and write samples. Returns whether early stopping says that it is enough. Raises UserError on
+        all ranks when any has found damaged data."""
 
         def total(sums: list[float]) -> list[float]:  # damage is raised here: until then the other ranks need this one
             *sums, damaged = self.world.sum([*sums, self.damage is not None])
