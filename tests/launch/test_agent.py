@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,16 @@ def test_it_kills_its_ranks_and_what_they_have_started_when_the_launcher_is_gone
     script = "import os, subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); import time; time.sleep(600)"
     channel.send("start", **{**START, "argv": ["-c", script], "folder": str(tmp_path)})
     child = int(answers(channel, "output")[-1]["text"])
-    channel.close()
-    assert process.wait(20) == 0
-    end = time.monotonic() + 10
-    while process_start(child):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    try:
+        channel.close()
+        assert process.wait(20) == 0
+        end = time.monotonic() + 10
+        while process_start(child):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def test_what_it_is_not_asked_for_by_this_start_it_does_not_do(called, tmp_path):
