@@ -32,7 +32,7 @@ from bigtrain import configfile, opbuild
 from bigtrain.checkpoint import format
 from bigtrain.checkpoint.load import Reader
 from bigtrain.config import batch_arithmetic
-from bigtrain.errors import DONE, FAILURE, STOPPED, BigtrainError, RunError
+from bigtrain.errors import DONE, FAILURE, SAME_CRASH, STOPPED, BigtrainError, RunError
 from bigtrain.runfolder import RunFolder, latest_rows, read_json, read_rows, write_atomically
 
 HERE = Path(__file__).parent
@@ -54,12 +54,15 @@ class Job:
 
     def __enter__(self) -> Job:
         self.run.path.parent.mkdir(parents=True, exist_ok=True)
+        self.start()
+        return self
+
+    def start(self) -> None:
         environment = {**os.environ, **opbuild.environment()}
         with open(self.screen, "ab") as screen:
             self.process = subprocess.Popen(
                 self._command, env=environment, stdin=subprocess.DEVNULL, stdout=screen, stderr=screen, start_new_session=True
             )
-        return self
 
     def __exit__(self, *exception: object) -> None:
         if self.process.poll() is None:
@@ -215,8 +218,14 @@ def goodput(overrides: Sequence[str], minutes: float, every: float, seed: int = 
     with Job(QUICKSTART, [*overrides, *changes], "goodput") as job:
         begun = time.monotonic()
         end, next_fault, faults, killed = begun + 60 * minutes, begun + chance.expovariate(1 / every), 0, begun
-        attempt = 0
-        while time.monotonic() < end and job.process.poll() is None:
+        attempt = again = 0
+        while time.monotonic() < end:
+            if job.process.poll() == SAME_CRASH:  # two faults at one step look like a bug; a person knows better
+                again += 1
+                job.start()
+            elif job.process.poll() is not None:
+                found.lost.append(f"the run ended with exit code {job.process.poll()}; see {job.screen}")
+                return found
             if job.attempt > attempt and job.steps(job.attempt):
                 attempt = job.attempt
                 starts.append(time.monotonic() - killed)
@@ -237,6 +246,7 @@ def goodput(overrides: Sequence[str], minutes: float, every: float, seed: int = 
         found.facts = {
             "wall_s": wall,
             "faults": faults,
+            "started_by_hand": again,
             "steps_kept": len(rows),
             "useful_s": useful,
             "goodput": useful / wall,
