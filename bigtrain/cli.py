@@ -61,7 +61,7 @@ def main_options(local_rank: Annotated[int | None, typer.Option("--local_rank", 
 def train(config: ConfigPath, overrides: Overrides = None, new: New = False) -> None:
     """Train, or go on with a run that was stopped. Starts the ranks itself, unless a launcher has."""
     from bigtrain import configfile, hardware, opbuild
-    from bigtrain.ranks import launched
+    from bigtrain.ranks import launched, machines
     from bigtrain_launch.environment import joining
 
     if (variables := launched(os.environ)) is None:
@@ -70,7 +70,11 @@ def train(config: ConfigPath, overrides: Overrides = None, new: New = False) -> 
     require_torch()
     source = configfile.read(config, overrides or [])
     here = hardware.look()
-    if found := hardware.problems(source.config, here, int(variables["WORLD_SIZE"])):
+    found = hardware.problems(source.config, here, int(variables["WORLD_SIZE"]))
+    least, there = source.config.launch.min_nodes or source.config.launch.nodes, machines(os.environ)
+    if there is not None and there < least:
+        found.append(("launch.nodes", f"{least} machines are asked for, but ranks were started on {there}; start more, or lower it"))
+    if found:
         raise source.error(found)
     os.environ.update(opbuild.environment())
     if here.kind == "cpu":

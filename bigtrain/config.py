@@ -372,6 +372,8 @@ def problems(config: Config) -> list[tuple[str, str]]:
             "schedule.decay_steps",
             f"warmup_steps {config.schedule.warmup_steps} + decay_steps {wsd_decay_steps(config)} exceed train.steps {train.steps}",
         )
+    if config.launch.min_nodes and (train.global_batch is None or (train.micro_batch and train.accumulation)):
+        problem("launch.min_nodes", "fewer machines would make another batch; set train.global_batch, and micro_batch or accumulation only")
     if train.early_stopping and config.evaluate.every is None:
         problem("train.early_stopping", "needs evaluate.every: it looks at the validation loss")
     return found

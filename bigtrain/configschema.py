@@ -112,7 +112,7 @@ def validate(values: dict[str, Any], complete: bool = True) -> tuple[Config | No
             for key, e in refused.items():
                 if e["type"] == "value_error":
                     rule(key, str(e["ctx"]["error"]))
-            kinds = {key: KEY if e["loc"][-1] == KEY else e["type"] for key, e in refused.items()}
+            kinds = {key: KEY if e["loc"][-1:] == (KEY,) else e["type"] for key, e in refused.items()}
             fields = [(key, kind) for key, kind in kinds.items() if kind != "value_error"]
             if not replaced:
                 found += [(key, _refusal(key, kind, values)) for key, kind in fields if complete or kind != "missing"]

@@ -125,6 +125,21 @@ def test_help_answers_at_once():
     assert ours < torch / 4, pairs
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"},
+    ],
+)
+def test_ranks_on_fewer_machines_than_asked_for_are_refused(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = invoke("train", str(ROOT / "configs/quickstart.yaml"), "launch.nodes=2")
+    assert result.exit_code == 2
+    assert "command line: launch.nodes: 2 machines are asked for, but ranks were started on 1" in result.stderr
+
+
 def test_one_machine_is_not_taken_for_many(monkeypatch):
     for command in (["train"], ["launch", "local"]):
         result = invoke(*command, str(ROOT / "configs/quickstart.yaml"), "launch.nodes=4")

@@ -170,6 +170,14 @@ def test_rules_over_sections_are_looked_at_beside_wrong_keys(folder):
     assert [line.split(": ")[1] for line in lines] == ["optimizer.nam", "data.sequence_length", "zero.offload_optimizer"]
 
 
+def test_fewer_machines_must_leave_the_batch_as_it_is(folder):
+    (line,) = refused(folder, SMALL, ["launch.min_nodes=1"])
+    assert line.startswith("command line: launch.min_nodes: fewer machines would make another batch; set train.global_batch")
+    assert len(refused(folder, SMALL, ["launch.min_nodes=1", "train.global_batch=16"])) == 1
+    settled = load("c.yaml", ["launch.min_nodes=1", "train.global_batch=16", "train.accumulation=null"])
+    assert settled.launch.min_nodes == 1
+
+
 def test_a_rule_about_a_wrong_key_waits_for_its_value(folder):
     assert len(refused(folder, SMALL, ["data.sequence_length=1024", "model.max_positions=long"])) == 1
     assert len(refused(folder, SMALL, ["train.early_stopping.patience=2", "evaluate.evry=2"])) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import secrets
 import selectors
 import sys
@@ -55,6 +56,7 @@ class Cluster:
         self, transport: Transport, signals: Signals, show: Callable[[str], None] | None = None, patience: float = CONNECT_SECONDS
     ):
         self._transport, self.signals, self.show, self._patience = transport, signals, show or _to_screen, patience
+        _allow_descriptors()
         self._channels: dict[str, Channel] = {}
         self._greetings: dict[str, Message] = {}
         self._lost: dict[str, str] = {}
@@ -245,6 +247,13 @@ class Cluster:
     def _heed_signals(self) -> None:
         if any(True for _ in self.signals.take()):
             raise StopRequested("stopped on request while no rank was running; the same command goes on")
+
+
+def _allow_descriptors() -> None:
+    """Let this process open as many files as it may: a machine takes three, and 1,024 are the usual limit."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):  # some systems call it unlimited, and are not
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _clock(answer: Message | None) -> dict[str, float]:

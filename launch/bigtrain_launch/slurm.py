@@ -132,7 +132,7 @@ def _if(condition: object, *lines: str) -> Sequence[str]:
 def _start(job: Job) -> list[str]:
     """Start the launcher on the first node, and tell it after `--` how to start an agent on each; it adds on which nodes."""
     settings, container = job.launch, job.launch.container
-    agent = f"{settings.venv}/bin/python" if settings.venv else "python3" if container else sys.executable
+    agent = f"{settings.venv.rstrip('/')}/bin/python" if settings.venv else "python3" if container else sys.executable
     launcher = sys.executable if container else agent
     starter = [agent, "-m", "bigtrain_launch.slurmtask"]
     inside = []

@@ -156,13 +156,13 @@ def finish(run: RunFolder, place: Here, code: int, *, progress: bool, out: Seque
     """Have the job begin again where the end of its processes, `code`, asks for that.
 
     Slurm has told them to stop: the time limit, or a more urgent job. Without `progress`, a new checkpoint, only the latter counts:
-    a time limit in which nothing is done would come again and again. Or too few nodes are left; then without those that were left
-    `out`, `restarts` times at most.
+    a time limit in which nothing is done would come again and again. Or too few nodes are left; that counts `restarts` times at
+    most. The job does not get those nodes again that were left `out`.
     """
     job = jobs.find(run, "slurm", place.id)
     if code == STOPPED and not (job and job.facts.get("cancelled")):
         if progress or preempted(place.number):
-            requeue(place.number, place.restarts)
+            requeue(place.number, place.restarts, out)
         else:
             say(f"job {place.number} has made no new checkpoint, so it is not requeued; allow more launch.time, or a longer launch.grace")
     elif code == BAD_NODE and out:

@@ -117,7 +117,7 @@ class Nodes:
 
     def processes(self, name: str, pattern: str) -> list[str]:
         """Command lines on a node that hold `pattern`."""
-        return [line for line in self.run(name, "ps -eo pid,args").stdout.splitlines() if pattern in line and "ps -eo" not in line]
+        return [line for line in self.run(name, "ps -wweo pid,args").stdout.splitlines() if pattern in line and "ps -wweo" not in line]
 
     def power_off(self, name: str) -> None:
         """The cable first, so that no last packet gets out, then every process of the node."""

@@ -114,7 +114,7 @@ class Slurm(Nodes):
         """What Slurm says of a job."""
         return dict(re.findall(r"(\w+)=(\S+)", self.on("head", f"scontrol --oneliner show job {number}")))
 
-    def wait(self, number: str, states: Sequence[str] = OVER, seconds: float = 90) -> dict[str, str]:
+    def wait(self, number: str, states: Sequence[str] = OVER, seconds: float = 180) -> dict[str, str]:
         """Wait until a job is in one of these states, and return what Slurm says of it."""
         self.until(lambda: self.job(number)["JobState"] in states, seconds, lambda: (self.job(number), self.log(number)))
         return self.job(number)

@@ -201,5 +201,5 @@ def test_srun_by_hand(launches, slurm, local):
 
 def test_time_limit(launches, slurm, limited):
     """USR1 comes before the time limit: the run saves, the job is requeued, and goes on with the next step."""
-    assert launches.ended("limited", limited) in ("1", "2"), slurm.log(limited)
+    assert int(launches.ended("limited", limited)) >= 1, slurm.log(limited)
     assert launches.steps("limited") == list(range(1, 321))

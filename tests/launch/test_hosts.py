@@ -4,9 +4,12 @@ import re
 import shlex
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from bigtrain.cli import app
 from bigtrain.errors import UserError
 from bigtrain_launch import hosts
 from bigtrain_launch.cluster import Node
@@ -109,3 +112,44 @@ def test_a_greeting_of_the_shell_is_passed_over(ssh):
 def test_garbage_is_one_clear_line(ssh, script, why):
     state, said = ssh(script)
     assert state == "failed" and re.match(why, said) and said.isprintable() and len(said) < 400, said
+
+
+# ---- The command line ----
+
+
+def launch(tmp_path, lines: str, *arguments: str):
+    (tmp_path / "hosts").write_text(lines)
+    config = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
+    return CliRunner().invoke(app, ["launch", "hosts", config, "--hostfile", str(tmp_path / "hosts"), "--dry-run", *arguments])
+
+
+def test_dry_run_shows_what_would_be_run_and_no_value_that_is_forwarded(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hush")
+    asked = ["launch.spares=1", "launch.forward=[WANDB_API_KEY]", "launch.venv=/opt/venv/", "launch.environment={A: b c}"]
+    shown = launch(tmp_path, "n1 slots=2\nn2 slots=1\nn3 slots=2", *asked)
+    assert shown.exit_code == 0
+    lines = shown.stdout.splitlines()
+    assert [line for line in lines if line.startswith("# n")] == ["# n1: 2 ranks", "# n2: 1 rank", "# n3: spare"]
+    assert lines[1] == shlex.join(Hosts("/opt/venv/bin/python").command("n1"))
+    assert any(line.startswith("A='b c'") for line in lines) and any(line.startswith("WANDB_API_KEY=...") for line in lines)
+    assert "hush" not in shown.stdout and list(tmp_path.iterdir()) == [tmp_path / "hosts"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "override", "said"),
+    [
+        ("n1 slots=1", "launch.nodes=2", "hosts: names 1 machine, but launch.nodes 2 are asked for"),
+        ("n1 slots=1\nn2 slots=1", "launch.spares=2", "hosts: names 2 machines, but launch.nodes 1 and launch.spares 2 are asked for"),
+        ("n1 slots=4\nn2 slots=2", "launch.ranks_per_node=3", r"fewer slots than the 3 ranks that launch asks for on n2 \(2\)"),
+        ("n1 slots=3", "train={global_batch: 8, micro_batch: 2, accumulation: 4}", r"train.global_batch: global_batch 8 is not .* 3 ranks"),
+        ("n1 slots=1", "launch.forward=[NOT_HERE]", "launch.forward: NOT_HERE not set in this shell"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_done(tmp_path, lines, override, said):
+    refused = launch(tmp_path, lines, override)
+    assert refused.exit_code == 2 and re.search(said, refused.stderr), refused.stderr
+
+
+def test_a_hostfile_must_be_named():
+    refused = CliRunner().invoke(app, ["launch", "hosts", str(Path(__file__).parents[2] / "configs/quickstart.yaml"), "--dry-run"])
+    assert refused.exit_code == 2 and "launch.hostfile: not set in" in refused.stderr and "or pass --hostfile" in refused.stderr

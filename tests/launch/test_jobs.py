@@ -9,11 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from bigtrain import configfile
+from bigtrain import cli_launch, configfile, opbuild
+from bigtrain.cli import app
 from bigtrain.errors import StopRequested, UserError
 from bigtrain.runfolder import RunFolder, machine, process_start, write_record
-from bigtrain_launch import jobs, queues, tools
+from bigtrain_launch import jobs, queues, supervise, tools
 from bigtrain_launch.tools import Unanswered, ask
 
 ROOT = Path(__file__).parents[2]
@@ -340,3 +342,15 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "one").write_text("a file")
     with pytest.raises(UserError, match=r"run.folder: .*/one/jobs cannot be written \(Not a directory\): slurm job 7 is not recorded"):
         jobs.record(RunFolder(tmp_path / "one"), "slurm", "7")
+
+
+def test_training_on_this_machine_is_a_job(tmp_path, monkeypatch):
+    run = RunFolder("runs/quickstart")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # the command changes it for the ranks
+    monkeypatch.setattr(opbuild, "build", lambda ops, say: None)
+    monkeypatch.setattr(cli_launch, "settle", lambda source, *rest: cli_launch.Job(source.config, run, []))
+    monkeypatch.setattr(supervise, "supervise", lambda *given: 75)
+    assert CliRunner().invoke(app, ["train", "quickstart"]).exit_code == 75
+    (job,) = jobs.read(run)
+    assert (job.kind, job.id, job.nodes, job.facts["exit_code"]) == ("local", str(os.getpid()), "1", 75)

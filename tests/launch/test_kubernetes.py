@@ -355,13 +355,18 @@ def test_the_command(kubectl, tmp_path, monkeypatch):
     command = ["launch", "kubernetes", "quickstart", "run.name=one", *settings]
     kubectl("")
     shown = CliRunner().invoke(app, [*command, "--dry-run"])
-    config, made = yaml.safe_load_all(shown.output)
-    assert shown.exit_code == 0 and made["metadata"]["name"] == "one-1" and not (tmp_path / "runs").exists()
+    config, made = yaml.safe_load_all(shown.stdout)
+    assert (
+        shown.exit_code == 0
+        and "OMP_NUM_THREADS" in shown.stderr
+        and made["metadata"]["name"] == "one-1"
+        and not (tmp_path / "runs").exists()
+    )
     again = yaml.safe_load(config["data"]["config.yaml"])
     assert again["launch"]["gpus_per_node"] == 4 and again["run"]["name"] == "one"
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0 and done.output == "jobset one-1 in namespace default: see bigtrain jobs, logs and cancel runs/one\n"
-    assert kubectl.given() == shown.output
+    assert kubectl.given() == shown.stdout
     (recorded,) = jobs.read(RunFolder("runs/one"))
     assert (recorded.kind, recorded.id, recorded.nodes) == ("kubernetes", "default/jobset/one-1", "2")
     assert "one-2" in CliRunner().invoke(app, [*command, "--dry-run"]).output

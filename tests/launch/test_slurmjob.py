@@ -231,8 +231,8 @@ def run(tmp_path) -> RunFolder:
 def test_a_stop_is_a_requeue_when_it_leads_anywhere(scontrol, run, monkeypatch, capsys, preempt, progress, again):
     monkeypatch.setenv("PREEMPT", preempt)
     asked = scontrol()
-    finish(run, PLACE, STOPPED, progress=progress, out=[], restarts=3)
-    assert asked() == (["requeue 7"] if again else [])
+    finish(run, PLACE, STOPPED, progress=progress, out=["n9"], restarts=0)
+    assert asked() == (["requeue 7", "update JobId=7 ExcNodeList=n9"] if again else [])
     assert ("no new checkpoint, so it is not requeued; allow more launch.time" in capsys.readouterr().err) is not again
 
 
