@@ -152,7 +152,8 @@ def _stuck(where: Sequence[str], answers: Mapping[int, dict[str, Any]]) -> Itera
     errors = {rank: answers[rank]["error"] for rank in suspects if answers.get(rank, {}).get("error")}
     if {where[rank] for rank in suspects} == set(where) and len(set(where)) > 1:
         text = f"no rank got further than {STAGES[stage]}" + (f": {next(iter(errors.values()))}" if errors else " in time")
-        yield Finding(None, text, "do what the message says, look at the network between the nodes, or raise launch.preflight.seconds")
+        advice = "do what the message says" if errors else "look at the network between the nodes, or raise launch.preflight.seconds"
+        yield Finding(None, text, advice, problem=bool(stage or errors))  # a cold disk from which all import torch is no fault
         return
     for name, ranks in _by_node(where, suspects).items():
         error = next((errors[rank] for rank in ranks if rank in errors), None)

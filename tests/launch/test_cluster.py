@@ -290,7 +290,8 @@ def test_no_answer_in_time(pipes, monkeypatch):
 def test_gather(cluster, attempt, tmp_path):
     (tmp_path / "probe.py").write_text(
         "import json, os, sys\nrank = int(os.environ['RANK'])\nprint('noise')\n"
-        "if rank == 1: sys.exit(3)\nprint(json.dumps({'text': 'x' * 200000, 'argv': sys.argv[1:]}))"
+        "if rank == 1: sys.exit(3)\nprint(json.dumps({'text': 'x' * 200000, 'argv': sys.argv[1:]}))\n"
+        "if rank == 2: sys.exit('a library complains as it ends')"
     )
     assert cluster.connect(["a", "b"]) == {}
     answers = cluster.gather([A, B], "probe", ["--fast"], {}, 20)
