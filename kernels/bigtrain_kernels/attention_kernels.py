@@ -26,11 +26,21 @@ def _tanh(x):
 @triton.jit
 def _load(base, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr):
     """These rows of [left, D] at `base`, beyond them and beyond D zeros. WHOLE: all of them are there."""
-    at = base + rows[:, None] * stride + columns[None, :]
+    at = base + (rows[:, None] * stride + columns[None, :])  # in this order a loop carries fewer addresses
     if WHOLE:
         return tl.load(at) if columns.shape[0] == D else tl.load(at, mask=columns[None, :] < D, other=0.0)
     inside = rows[:, None] < left
     return tl.load(at, mask=inside if columns.shape[0] == D else inside & (columns[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _stay(X, b, h, row, stride_b, stride, stride_h, length, rows, columns, D: tl.constexpr):
+    """The rows of head h from `row` on that a program keeps. X is a pointer, or a descriptor of [B, H, length, D]."""
+    if isinstance(X, tl.tensor_descriptor):
+        return tl.reshape(X.load([b.to(tl.int32), h.to(tl.int32), row, 0]), [rows.shape[0], columns.shape[0]])
+    else:
+        base = X + b * stride_b + h * stride_h + row.to(tl.int64) * stride
+        return _load(base, length - row, stride, rows, columns, D, False)
 
 
 @triton.jit
@@ -125,7 +135,7 @@ def forward(
         end = m + rows + 1 + S - T if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
         whole_end = (tl.maximum(m + 1 + S - T, 0) if CAUSAL else S) // BLOCK_N * BLOCK_N
         stop = tl.maximum(tl.minimum(m + BLOCK_M, T) + S - T, 0) if CAUSAL else S
-    q = _load(Q + b * qb + h * qh + row * qt, T - m, qt, rows, columns, D, False)
+    q = _stay(Q, b, h, m, qb, qt, qh, T, rows, columns, D)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     weight = tl.zeros([BLOCK_M, LANES], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -241,8 +251,8 @@ def backward_kv(
         start = tl.maximum(n - (S - T), 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
         whole = tl.minimum(tl.cdiv(tl.maximum(tl.minimum(n + BLOCK_N, S) - 1 - (S - T), 0), BLOCK_M) * BLOCK_M, T) if CAUSAL else 0
         whole_end = tl.maximum(whole, T // BLOCK_M * BLOCK_M)
-    k = _load(K + b * kb + g * kg + row * ks, S - n, ks, rows, columns, D, False)
-    v = _load(V + b * vb + g * vg + row * vs, S - n, vs, rows, columns, D, False)
+    k = _stay(K, b, g, n, kb, ks, kg, S, rows, columns, D)
+    v = _stay(V, b, g, n, vb, vs, vg, S, rows, columns, D)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     Q += b * qb + g * group * qh
     GRAD += b * gb + g * group * gh
@@ -315,8 +325,8 @@ def backward_q(
         end = m + rows + 1 + S - T if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
         whole_end = (tl.maximum(m + 1 + S - T, 0) if CAUSAL else S) // BLOCK_N * BLOCK_N
         stop = tl.maximum(tl.minimum(m + BLOCK_M, T) + S - T, 0) if CAUSAL else S
-    q = _load(Q + b * qb + h * qh + row * qt, T - m, qt, rows, columns, D, False)
-    grad = _load(GRAD + b * gb + h * gh + row * gt, T - m, gt, rows, columns, D, False)
+    q = _stay(Q, b, h, m, qb, qt, qh, T, rows, columns, D)
+    grad = _stay(GRAD, b, h, m, gb, gt, gh, T, rows, columns, D)
     lse = tl.load(LSE + (b * H + h) * T + m + rows, mask=valid, other=0.0)
     delta = tl.load(DELTA + (b * H + h) * T + m + rows, mask=valid, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
