@@ -238,9 +238,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _stays(x_BTHD: Tensor, rows: int) -> Tensor | TensorDescriptor:
-    """`x_BTHD` for a kernel that keeps a tile of so many rows: a descriptor where TMA pays and can read it, otherwise itself."""
+    """`x_BTHD` for a kernel that keeps a tile of so many rows: a descriptor where TMA pays and can read it, otherwise itself.
+
+    It pays where a row is two of its boxes of 128 bytes (attention_kernels says why); at 256 wide the kernels of 32 rows spill.
+    It reads what begins, and whose strides are, at multiples of 16 bytes.
+    """
     x_BHTD, width = x_BTHD.transpose(1, 2), _block_dim(x_BTHD.shape[-1])
-    pays = architecture() in ("sm_90", INTERPRETED) and x_BTHD.element_size() == 2 and width >= 128
+    pays = architecture() in ("sm_90", INTERPRETED) and x_BTHD.element_size() == 2 and width == 128
     units = [x_BTHD.data_ptr(), *(stride * x_BTHD.element_size() for stride in x_BHTD.stride()[:-1])]
     if not pays or not x_BTHD.numel() or any(unit % 16 for unit in units):
         return x_BTHD

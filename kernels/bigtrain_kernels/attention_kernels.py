@@ -8,6 +8,9 @@ Strides of what a loop loads are compiled in: a thread's rows are then one addre
 than multiply their counter in 64 bits: its widening leaves a block between a loop and the wait for its last product that sets the
 accumulators, for which NVIDIA's assembler lets no HGMMA of the kernel overlap the next (its advisory C7515).
 
+The tile that stays with a program may come by a descriptor (TMA): a copy in two boxes asks for the number of the warp at the start of
+the kernel, and the loops share it. Without, each works out the addresses of its products' left operand again, every time around.
+
 B batch, T query length, S key length, H query heads, G key and value heads, D head dim; M queries and N keys of a block.
 """
 
@@ -24,9 +27,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _load(base, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr):
-    """These rows of [left, D] at `base`, beyond them and beyond D zeros. WHOLE: all of them are there."""
-    at = base + (rows[:, None] * stride + columns[None, :])  # in this order a loop carries fewer addresses
+def _load(base, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr, JOINT: tl.constexpr = False):
+    """These rows of [left, D] at `base`, beyond them and beyond D zeros. WHOLE: all of them are there. JOINT: one offset an element."""
+    at = base + (rows[:, None] * stride + columns[None, :]) if JOINT else base + rows[:, None] * stride + columns[None, :]
     if WHOLE:
         return tl.load(at) if columns.shape[0] == D else tl.load(at, mask=columns[None, :] < D, other=0.0)
     inside = rows[:, None] < left
@@ -276,12 +279,13 @@ def _add_q(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the keys from start to stop add to the gradient of a block of queries."""
+    JOINT: tl.constexpr = not RANGES and BLOCK_D <= 128  # saves addresses here, with ranges and wider heads it costs some
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     K += tl.cast(start, tl.int64) * stride_k
     V += tl.cast(start, tl.int64) * stride_v
     for n in range(start, stop, BLOCK_N):
-        k = _load(K, S - n, stride_k, rows, columns, D, not MASKED)
-        v = _load(V, S - n, stride_v, rows, columns, D, not MASKED)
+        k = _load(K, S - n, stride_k, rows, columns, D, not MASKED, JOINT)
+        v = _load(V, S - n, stride_v, rows, columns, D, not MASKED, JOINT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
             t = _tanh(s * (rate / cap))
