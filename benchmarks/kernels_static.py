@@ -6,7 +6,8 @@
 Needs no GPU: both sides go through their own host functions and are compiled in place of being launched, at the same shapes,
 with the launch options that their projects choose for that GPU; `bigtrain_kernels.static` says what the columns mean. A peer that is
 not installed is left out. Triton's tutorial of fused attention comes in no package: `--tutorial` takes its file from Triton's
-repository, compiled with blocks of 128 x 64 and four warps, the first configuration with those of the ones that it tunes over.
+repository, compiled with blocks of 128 x 64 and four warps, the first configuration with those of the ones that it tunes over, and
+in our tiles: instructions for each tensor-core instruction compare kernels of one tile, those per MFLOP compare any.
 
 Statically verified, not benchmarked: fewer instructions, registers and spills are reasons for speed, not speed.
 """
@@ -18,16 +19,19 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
 from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
 
-from bigtrain_kernels import static
-from bigtrain_kernels.launch import ARCHITECTURES, Case
+from bigtrain_kernels import attention, static
+from bigtrain_kernels.launch import ARCHITECTURES, Case, Launch
 from bigtrain_kernels.static_compile import AbsentGpu
 from bigtrain_kernels.static_facts import PROCESSORS
 
@@ -143,38 +147,76 @@ PEERS = [
 ]
 
 
-def tutorial(path: str) -> Peer:
-    """Triton's fused attention from its file: fp16, and as many key heads as query heads, which is all that it knows."""
-    spec = importlib.util.spec_from_file_location("tutorial", path)
-    module = importlib.util.module_from_spec(spec)
+class Tutorial:
+    """Triton's fused attention from its file: fp16, and as many key heads as query heads, which is all that it knows.
 
-    def cases() -> Iterator[Case]:
+    In its own tiles and in ours. In ours its forward pass does without the assertion that a block has no more keys than a head has
+    dimensions; its backward kernel is our two in one, and a row shows one loop: so it is compiled in our tile for dK and dV, and again
+    in that for dQ, with the other loop's as small as it can be.
+    """
+
+    def __init__(self, path: str):
+        self.source = Path(path).read_text(encoding="utf-8").replace("tl.static_assert(BLOCK_N <= HEAD_DIM)", "pass")
+
+    @contextlib.contextmanager
+    def on(self, architecture: str) -> Iterator[None]:
+        self.architecture, gpu = architecture, AbsentGpu(architecture)
+        gpu.get_active_torch_device = lambda: torch.device("meta")
+        number = int(architecture.strip("smgfx_"))
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: divmod(number, 10)))
+            file = Path(folder, "tutorial.py")
+            file.write_text(self.source, encoding="utf-8")
+            spec = importlib.util.spec_from_file_location("tutorial", file)
+            self.module = importlib.util.module_from_spec(spec)
+            with mock.patch.object(triton.runtime.driver, "_active", gpu):  # it asks for the GPU when it is imported
+                spec.loader.exec_module(self.module)
+            yield
+
+    def tiles(self, D: int) -> Iterator[tuple[str, Launch | None, dict[str, int]]]:
+        """Names, with what launches the forward pass (None: its own) and which options of the backward kernel to replace."""
+        tables = attention.FORWARD, attention.BACKWARD_KV, attention.BACKWARD_Q
+        forward, kv, q = (table[self.architecture, D, 2, False] for table in tables)
+        yield "its tiles", None, {}
+        M, N = kv.blocks.values()
+        blocks = {"BLOCK_M1": M, "BLOCK_N1": N, "BLOCK_M2": N, "BLOCK_N2": 16, "BLK_SLICE_FACTOR": 1}
+        yield "our tiles, dK and dV", forward, {**blocks, "num_warps": kv.warps, "num_stages": kv.stages}
+        M, N = q.blocks.values()
+        blocks = {"BLOCK_M1": 16, "BLOCK_N1": M, "BLOCK_M2": M, "BLOCK_N2": N, "BLK_SLICE_FACTOR": 1}
+        yield "our tiles, dQ", forward, {**blocks, "num_warps": q.warps, "num_stages": q.stages}
+
+    def cases(self) -> Iterator[Case]:
         for D in (64, 128):
             q, k, v = (empty(4, 16, 4096, D, dtype=torch.float16).requires_grad_() for _ in range(3))
             flops, moved = 2 * 4 * 16 * 4096**2 * D, 8 * q.numel()
+            for name, *tile in self.tiles(D):
 
-            def forward(q: Any = q, k: Any = k, v: Any = v, s: float = D**-0.5) -> torch.Tensor:
-                return module.attention(q, k, v, True, s, False)
+                def run(inputs: Any = (q, k, v), scale: float = D**-0.5, tile: Any = tile) -> None:
+                    with launched_with(*tile):
+                        self.module.attention(*inputs, True, scale, False).sum().backward()
 
-            yield Case(f"attention d{D} causal, forward and backward", lambda f=forward: f().sum().backward(), 9 * flops // 2, 3 * moved)
+                yield Case(f"attention d{D} causal, forward and backward, {name}", run, 9 * flops // 2, 3 * moved)
+
+
+@contextlib.contextmanager
+def launched_with(forward: Launch | None, backward: dict[str, int]) -> Iterator[None]:
+    """Within it the tutorial's autotuned kernel is launched with one configuration, and its backward kernel with these options."""
+    launch = JITFunction.run
 
     def one_config(tuner: Autotuner, *args: Any, **options: Any) -> Any:
         tile = {"BLOCK_M": 128, "BLOCK_N": 64}
         config = next(c for c in tuner.configs if tile.items() <= c.kwargs.items() and c.num_warps == 4)
+        chosen = config.all_kwargs() | (forward.arguments() if forward else {})
         if config.pre_hook is not None:
-            config.pre_hook({**dict(zip(tuner.arg_names, args)), **options, **config.all_kwargs()})
-        return tuner.fn.run(*args, **options, **config.all_kwargs())
+            config.pre_hook({**dict(zip(tuner.arg_names, args)), **options, **chosen})
+        return tuner.fn.run(*args, **options, **chosen)
 
-    @contextlib.contextmanager
-    def on(architecture: str) -> Iterator[None]:
-        gpu = AbsentGpu(architecture)
-        gpu.get_active_torch_device = lambda: torch.device("meta")
-        with mock.patch.object(triton.runtime.driver, "_active", gpu):  # it asks for the GPU when it is imported
-            spec.loader.exec_module(module)
-        with mock.patch.object(Autotuner, "run", one_config):
-            yield
+    def with_options(kernel: JITFunction, *args: Any, **options: Any) -> Any:
+        return launch(kernel, *args, **(options | backward if backward.keys() <= options.keys() else options))
 
-    return Peer("tutorial", "attention", cases, on)
+    with mock.patch.object(Autotuner, "run", one_config), mock.patch.object(JITFunction, "run", with_options):
+        yield
 
 
 def compare(architecture: str, groups: Sequence[str], peers: Sequence[Peer]) -> Iterator[tuple[str, static.Row]]:
@@ -221,7 +263,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for missing in sorted({peer.package for peer in PEERS} - {peer.package for peer in peers}):
         print(f"{missing} is not installed: left out", file=sys.stderr)
     if options.tutorial:
-        peers.append(tutorial(options.tutorial))
+        tutorial = Tutorial(options.tutorial)
+        peers.append(Peer("tutorial", "attention", tutorial.cases, tutorial.on))
     print(table([row for architecture in options.arch for row in compare(architecture, options.only, peers)]))
 
 

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import attention_kernels as kernels
-from .launch import Case, Launch, architecture, operator
+from .launch import INTERPRETED, Case, Launch, architecture, operator
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128, 256)
@@ -171,11 +172,12 @@ def forward(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Mask, sink_H: 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     launch = FORWARD[_key(q, mask)]
+    M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if out.numel():
-        kernels.forward[triton.cdiv(T, launch.blocks["BLOCK_M"]), B * H](
-            q, k, v, out, lse, *_query_ranges(mask, lse), lse if sink_H is None else sink_H,
+        kernels.forward[triton.cdiv(T, M), B * H](
+            _stays(q, M), k, v, out, lse, *_query_ranges(mask, lse), lse if sink_H is None else sink_H,
             *_strides(q, k, v, out), _range_stride(mask), T, S, H, H // k.shape[2], mask.scale * LOG2E, mask.cap * LOG2E,
-            **_flags(q, mask, S % launch.blocks["BLOCK_N"]), SINKS=sink_H is not None, **launch.arguments(),
+            **_flags(q, mask, S % N), SINKS=sink_H is not None, **launch.arguments(),
         )  # fmt: skip
     return out, lse
 
@@ -202,10 +204,12 @@ def backward_q(
     q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     launch = BACKWARD_Q[_key(q, mask)]
+    M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dq.numel():
-        kernels.backward_q[triton.cdiv(T, launch.blocks["BLOCK_M"]), B * H](
-            q, k, v, grad, lse2_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dq), _range_stride(mask),
-            T, S, H, H // k.shape[2], *_rates(mask), **_flags(q, mask, S % launch.blocks["BLOCK_N"]), **launch.arguments(),
+        kernels.backward_q[triton.cdiv(T, M), B * H](
+            _stays(q, M), k, v, _stays(grad, M), lse2_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT),
+            *_strides(q, k, v, grad, dq), _range_stride(mask), T, S, H, H // k.shape[2], *_rates(mask),
+            **_flags(q, mask, S % N), **launch.arguments(),
         )  # fmt: skip
     return dq
 
@@ -218,11 +222,12 @@ def backward_kv(
     q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     launch = BACKWARD_KV[_key(q, mask)]
+    M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dk.numel():
-        kernels.backward_kv[triton.cdiv(S, launch.blocks["BLOCK_N"]), B * G](
-            q, k, v, grad, lse2_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT), *_strides(q, k, v, grad, dk, dv),
-            _range_stride(mask, keys=True), T, S, H, H // G, *_rates(mask),
-            **_flags(q, mask, T % launch.blocks["BLOCK_M"]), **launch.arguments(),
+        kernels.backward_kv[triton.cdiv(S, N), B * G](
+            q, _stays(k, N), _stays(v, N), grad, lse2_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT),
+            *_strides(q, k, v, grad, dk, dv), _range_stride(mask, keys=True), T, S, H, H // G, *_rates(mask),
+            **_flags(q, mask, T % M), **launch.arguments(),
         )  # fmt: skip
     return dk, dv
 
@@ -230,6 +235,20 @@ def backward_kv(
 def _rows(x: Tensor) -> Tensor:
     """`x` with its last dimension contiguous: a row is what the kernels load."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _stays(x_BTHD: Tensor, rows: int) -> Tensor | TensorDescriptor:
+    """`x_BTHD` for a kernel that keeps a tile of so many rows: a descriptor where TMA pays and can read it, otherwise itself.
+
+    It pays where a row is two of its boxes of 128 bytes (attention_kernels says why); at 256 wide the kernels of 32 rows spill.
+    It reads what begins, and whose strides are, at multiples of 16 bytes.
+    """
+    x_BHTD, width = x_BTHD.transpose(1, 2), _block_dim(x_BTHD.shape[-1])
+    pays = architecture() in ("sm_90", INTERPRETED) and x_BTHD.element_size() == 2 and width == 128
+    units = [x_BTHD.data_ptr(), *(stride * x_BTHD.element_size() for stride in x_BHTD.stride()[:-1])]
+    if not pays or not x_BTHD.numel() or any(unit % 16 for unit in units):
+        return x_BTHD
+    return TensorDescriptor(x_BTHD, list(x_BHTD.shape), list(x_BHTD.stride()), [1, 1, rows, width])
 
 
 def _block_dim(D: int) -> int:

@@ -8,6 +8,9 @@ Strides of what a loop loads are compiled in: a thread's rows are then one addre
 than multiply their counter in 64 bits: its widening leaves a block between a loop and the wait for its last product that sets the
 accumulators, for which NVIDIA's assembler lets no HGMMA of the kernel overlap the next (its advisory C7515).
 
+The tile that stays with a program may come by a descriptor (TMA): a copy in two boxes asks for the number of the warp at the start of
+the kernel, and the loops share it. Without, each works out the addresses of its products' left operand again, every time around.
+
 B batch, T query length, S key length, H query heads, G key and value heads, D head dim; M queries and N keys of a block.
 """
 
@@ -24,13 +27,23 @@ def _tanh(x):
 
 
 @triton.jit
-def _load(base, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr):
-    """These rows of [left, D] at `base`, beyond them and beyond D zeros. WHOLE: all of them are there."""
-    at = base + rows[:, None] * stride + columns[None, :]
+def _load(base, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr, JOINT: tl.constexpr = False):
+    """These rows of [left, D] at `base`, beyond them and beyond D zeros. WHOLE: all of them are there. JOINT: one offset an element."""
+    at = base + (rows[:, None] * stride + columns[None, :]) if JOINT else base + rows[:, None] * stride + columns[None, :]
     if WHOLE:
         return tl.load(at) if columns.shape[0] == D else tl.load(at, mask=columns[None, :] < D, other=0.0)
     inside = rows[:, None] < left
     return tl.load(at, mask=inside if columns.shape[0] == D else inside & (columns[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _stay(X, b, h, row, stride_b, stride, stride_h, length, rows, columns, D: tl.constexpr):
+    """The rows of head h from `row` on that a program keeps. X is a pointer, or a descriptor of [B, H, length, D]."""
+    if isinstance(X, tl.tensor_descriptor):
+        return tl.reshape(X.load([b.to(tl.int32), h.to(tl.int32), row, 0]), [rows.shape[0], columns.shape[0]])
+    else:
+        base = X + b * stride_b + h * stride_h + row.to(tl.int64) * stride
+        return _load(base, length - row, stride, rows, columns, D, False)
 
 
 @triton.jit
@@ -125,7 +138,7 @@ def forward(
         end = m + rows + 1 + S - T if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
         whole_end = (tl.maximum(m + 1 + S - T, 0) if CAUSAL else S) // BLOCK_N * BLOCK_N
         stop = tl.maximum(tl.minimum(m + BLOCK_M, T) + S - T, 0) if CAUSAL else S
-    q = _load(Q + b * qb + h * qh + row * qt, T - m, qt, rows, columns, D, False)
+    q = _stay(Q, b, h, m, qb, qt, qh, T, rows, columns, D)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     weight = tl.zeros([BLOCK_M, LANES], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -241,8 +254,8 @@ def backward_kv(
         start = tl.maximum(n - (S - T), 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
         whole = tl.minimum(tl.cdiv(tl.maximum(tl.minimum(n + BLOCK_N, S) - 1 - (S - T), 0), BLOCK_M) * BLOCK_M, T) if CAUSAL else 0
         whole_end = tl.maximum(whole, T // BLOCK_M * BLOCK_M)
-    k = _load(K + b * kb + g * kg + row * ks, S - n, ks, rows, columns, D, False)
-    v = _load(V + b * vb + g * vg + row * vs, S - n, vs, rows, columns, D, False)
+    k = _stay(K, b, g, n, kb, ks, kg, S, rows, columns, D)
+    v = _stay(V, b, g, n, vb, vs, vg, S, rows, columns, D)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     Q += b * qb + g * group * qh
     GRAD += b * gb + g * group * gh
@@ -266,12 +279,13 @@ def _add_q(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the keys from start to stop add to the gradient of a block of queries."""
+    JOINT: tl.constexpr = not RANGES and BLOCK_D <= 128  # saves addresses here, with ranges and wider heads it costs some
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     K += tl.cast(start, tl.int64) * stride_k
     V += tl.cast(start, tl.int64) * stride_v
     for n in range(start, stop, BLOCK_N):
-        k = _load(K, S - n, stride_k, rows, columns, D, not MASKED)
-        v = _load(V, S - n, stride_v, rows, columns, D, not MASKED)
+        k = _load(K, S - n, stride_k, rows, columns, D, not MASKED, JOINT)
+        v = _load(V, S - n, stride_v, rows, columns, D, not MASKED, JOINT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
             t = _tanh(s * (rate / cap))
@@ -315,8 +329,8 @@ def backward_q(
         end = m + rows + 1 + S - T if CAUSAL else tl.zeros([BLOCK_M], tl.int32) + S
         whole_end = (tl.maximum(m + 1 + S - T, 0) if CAUSAL else S) // BLOCK_N * BLOCK_N
         stop = tl.maximum(tl.minimum(m + BLOCK_M, T) + S - T, 0) if CAUSAL else S
-    q = _load(Q + b * qb + h * qh + row * qt, T - m, qt, rows, columns, D, False)
-    grad = _load(GRAD + b * gb + h * gh + row * gt, T - m, gt, rows, columns, D, False)
+    q = _stay(Q, b, h, m, qb, qt, qh, T, rows, columns, D)
+    grad = _stay(GRAD, b, h, m, gb, gt, gh, T, rows, columns, D)
     lse = tl.load(LSE + (b * H + h) * T + m + rows, mask=valid, other=0.0)
     delta = tl.load(DELTA + (b * H + h) * T + m + rows, mask=valid, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

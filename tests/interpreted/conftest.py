@@ -6,6 +6,7 @@ cannot be compiled in the same process; tests that compile or that want no Trito
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import proof
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
@@ -47,3 +49,19 @@ def checked():
     """`interpreter.checked()` around the whole test: every launch is checked, fresh memory is poisoned."""
     with interpreter.checked() as launches:
         yield launches
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A real bias is in every draw of inputs: a test that finds one runs twice more, and fails if it is there again."""
+    try:
+        return (yield)
+    except proof.Biased as first:
+        arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+        for _ in range(2):  # the generator of random inputs goes on from where it is
+            try:
+                pyfuncitem.obj(**arguments)
+            except proof.Biased as again:
+                if first.found & again.found:
+                    raise
+        return True

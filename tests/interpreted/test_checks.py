@@ -264,6 +264,21 @@ def test_wrong_results_are_told(change, fault):
         proof.check([exact.bfloat16(), change(exact)], [exact.bfloat16()] * 2, [exact] * 2, limit=proof.FORWARD)
 
 
+draws = iter([truncated, torch.Tensor.bfloat16, torch.Tensor.bfloat16])
+
+
+def test_a_bias_that_two_more_draws_do_not_show_is_chance():
+    """conftest.py runs it three times."""
+    exact = torch.randn(512, 16, dtype=torch.float64)
+    proof.check(next(draws)(exact), exact.bfloat16(), exact, limit=proof.FORWARD)
+
+
+@pytest.mark.xfail(raises=proof.Biased, strict=True)
+def test_a_bias_of_every_draw_fails():
+    exact = torch.randn(512, 16, dtype=torch.float64)
+    proof.check(truncated(exact), exact.bfloat16(), exact, limit=proof.FORWARD)
+
+
 def test_a_quarter_of_the_values_truncated_is_told():
     exact = torch.randn(1024, 16, dtype=torch.float64)
     ours = exact.bfloat16()
