@@ -102,7 +102,7 @@ def supervised(tmp_path, monkeypatch, capfd):
     """Let every rank run a script after PRELUDE: supervised(script, ranks) -> exit code, screen, the run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bigtrain").mkdir()
-    monkeypatch.setattr(local, "GRACE_SECONDS", 0.4)
+    monkeypatch.setattr(local, "GRACE_SECONDS", 3)
     run = RunFolder(tmp_path / "r")
     (run.path / "attempts").mkdir(parents=True)
 
