@@ -85,7 +85,7 @@ def train(world, folder: Path, data: str, layouts: list) -> dict[str, list[list[
             t.progress.step += 1
             t.finish_step()
         losses[name] = seen
-        t.save()
+        t.saving.save(t.progress, t.evaluated)
         close(t)
     return losses
 
