@@ -6,8 +6,6 @@ start would wait on it for ever. So ops are built before ranks start, and a lock
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import subprocess
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from bigtrain.errors import RunError, UserError
+from bigtrain.runfolder import lock_file
 
 if TYPE_CHECKING:
     from bigtrain.config import Config
@@ -107,22 +106,15 @@ def _build(todo: list[str], say: Callable[[str], None], right: TextIO) -> None:
 
 
 def _right() -> TextIO | None:
-    """The right to build in the folder, until it is closed; None while another process has it. The system takes it back however
-    its holder ends. A file system that knows no locks gives it to everybody: there is torch's own lock then. Raises UserError."""
+    """The right to build in the folder, until it is closed; None while another process has it. Where a file system knows no locks,
+    everybody has it: there is torch's own lock then. Raises UserError."""
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        file = open(folder() / ".building", "a")  # noqa: SIM115 (the caller's, while it builds)
+        return lock_file(folder() / ".building")
     except OSError as error:
         raise UserError(
             f"{folder()}: DeepSpeed's ops are to be built there: {error.strerror}; set TORCH_EXTENSIONS_DIR to another folder"
         ) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            file.close()
-            return None
-    return file
 
 
 def _dead_locks(ops: list[str], root: Path = Path("/proc")) -> list[str]:

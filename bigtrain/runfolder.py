@@ -71,18 +71,8 @@ class RunFolder:
                 number += 1
 
     def lock(self) -> TextIO | None:
-        """Keep other processes from training this run for as long as the returned file is open; None when one already does.
-
-        The system gives the lock back however this process ends. A file system that knows no locks does not protect.
-        """
-        file = open(self.path / ".lock", "a")  # noqa: SIM115 (the caller's, for as long as it trains)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.close()
-                return None
-        return file
+        """Keep other processes from training this run for as long as the returned file is open; None when one already does."""
+        return lock_file(self.path / ".lock")
 
     def log(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / "logs" / f"rank-{rank:05d}.log"
@@ -126,6 +116,21 @@ class RunFolder:
             if beat := read_json(path):
                 found.append(beat | {"age": max(0.0, now - path.stat().st_mtime)})
         return found
+
+
+def lock_file(path: Path) -> TextIO | None:
+    """Lock a file, made if need be, until what is returned is closed; None while another process has the lock. Raises OSError.
+
+    The system gives the lock back however this process ends. A file system that knows no locks does not protect.
+    """
+    file = open(path, "a")  # noqa: SIM115 (the caller's)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.close()
+            return None
+    return file
 
 
 def machine() -> str:

@@ -152,7 +152,7 @@ class Channel:
             return message
         text = line.decode(errors="replace").strip()
         if self._begun and text:
-            self._end(f"what it sends is no message: {one_line(text)}")
+            self._end(f"what it sends is no message: {last_lines(text)}")
         elif text:
             self.noise = f"{self.noise}{text}\n"[-4096:]
         return None
@@ -161,7 +161,7 @@ class Channel:
         self.lost = self.lost or why
 
 
-def one_line(text: str, most: int = 200) -> str:
+def last_lines(text: str, most: int = 200) -> str:
     """The last lines of what a program said, as one that a terminal can show."""
     words = " / ".join(line.strip() for line in text.strip().splitlines()[-3:] if line.strip())
     shown = "".join(character if character.isprintable() else "?" for character in words)

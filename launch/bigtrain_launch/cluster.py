@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from bigtrain.errors import BAD_NODE, DONE, StopRequested, UserError
-from bigtrain_launch.channel import PROTOCOL, Channel, Message, one_line
+from bigtrain_launch.channel import PROTOCOL, Channel, Message, last_lines
 from bigtrain_launch.local import GRACE_SECONDS, End, Signals, say, watch
 from bigtrain_launch.remote import POLL_SECONDS, Meeting, Node, Remote
 
@@ -136,7 +136,7 @@ class Cluster:
             while ranks.running:
                 for one in ranks.ended(POLL_SECONDS):
                     if one.code != DONE:
-                        failed[one.host] = one.gone or f"`bigtrain {argv[0]}` failed there: {one_line(one.tail)}"
+                        failed[one.host] = one.gone or f"`bigtrain {argv[0]}` failed there: {last_lines(one.tail)}"
                 self._heed_signals()
         return failed
 

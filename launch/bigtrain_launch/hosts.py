@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from bigtrain.errors import UserError
-from bigtrain_launch.channel import Channel, Message, one_line
+from bigtrain_launch.channel import Channel, Message, last_lines
 from bigtrain_launch.cluster import CONNECT_SECONDS, Node
 from bigtrain_launch.local import die_with_parent
 
@@ -98,7 +98,7 @@ class Hosts:
         except subprocess.TimeoutExpired:
             code = None
         one.errors.seek(0)
-        said = one_line(one.errors.read().decode(errors="replace") or one.channel.noise) or "it said nothing"
+        said = last_lines(one.errors.read().decode(errors="replace") or one.channel.noise) or "it said nothing"
         if code is None:
             return f"no agent has answered over ssh for {CONNECT_SECONDS:.0f} s ({said}); does `{shlex.join([*SSH, 'HOST', 'true'])}` work?"
         if code == 255:

@@ -17,7 +17,7 @@ from bigtrain.errors import BAD_NODE, FAILURE, STOPPED, UserError
 from bigtrain.ranks import slurm_job
 from bigtrain.runfolder import RunFolder, read_json
 from bigtrain_launch import jobs
-from bigtrain_launch.channel import Channel, Message, one_line
+from bigtrain_launch.channel import Channel, Message, last_lines
 from bigtrain_launch.hostlist import expand, fold
 from bigtrain_launch.listener import ADDRESS, TOKEN, Listener
 from bigtrain_launch.local import say
@@ -111,7 +111,7 @@ class _Step:
 
     def said(self) -> str:
         self.errors.seek(0)
-        return one_line(self.errors.read().decode(errors="replace")) or "it said nothing"
+        return last_lines(self.errors.read().decode(errors="replace")) or "it said nothing"
 
     def end(self) -> None:
         for number in (None, signal.SIGTERM, signal.SIGKILL):

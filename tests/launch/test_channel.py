@@ -12,7 +12,7 @@ import pytest
 from bigtrain.errors import RunError, UserError
 from bigtrain_launch import channel as channels
 from bigtrain_launch import listener as listeners
-from bigtrain_launch.channel import Channel, one_line
+from bigtrain_launch.channel import Channel, last_lines
 from bigtrain_launch.listener import Listener, join
 
 
@@ -130,9 +130,9 @@ def test_a_closed_reader_does_not_hide_what_was_said(raw):
     channel.close()
 
 
-def test_one_line():
-    assert one_line("a\n\n  b\x1b[31m\nc\nd\n") == "b?[31m / c / d"
-    assert len(one_line("x" * 999)) == 203 and one_line("") == ""
+def test_last_lines():
+    assert last_lines("a\n\n  b\x1b[31m\nc\nd\n") == "b?[31m / c / d"
+    assert len(last_lines("x" * 999)) == 203 and last_lines("") == ""
 
 
 # ---- Over TCP, with a token ----
