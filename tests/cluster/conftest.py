@@ -30,7 +30,8 @@ def require() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def four(require, tmp_path_factory) -> Iterator[Nodes]:
-    """Four machines without any service, for the whole test run: who switches one off boots it again. Sorted by name, n10 precedes n9."""
+    """Four machines for the whole test run; `hosts` puts services on them, so only its `boot` brings one back that was switched off.
+    Sorted by name, n10 precedes n9."""
     require()
     nodes = Nodes(["n9", "n10", "n11", "n12"], tmp_path_factory.mktemp("nodes"), tag("bigtrain"))
     try:

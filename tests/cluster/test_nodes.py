@@ -25,13 +25,19 @@ def test_nodes_reach_each_other_by_name_until_the_cable_is_pulled(four):
         four.cable("n10", True)
 
 
-def test_a_node_without_power_is_gone_and_comes_back(four):
-    sleeping = four.popen("n12", ["sleep", "77"])
-    four.power_off("n12")
-    assert sleeping.wait(timeout=10) != 0
-    four.boot("n12")
-    four.cable("n12", True)
-    assert four.processes("n12", "sleep 77") == []
+def test_a_node_without_power_is_gone_and_comes_back(require, tmp_path):
+    """A node of its own: services that other tests want would not be there again."""
+    require()
+    one = nodes.Nodes(["n1"], tmp_path, nodes.tag("bigone"))
+    try:
+        sleeping = one.up().popen("n1", ["sleep", "77"])
+        one.power_off("n1")
+        assert sleeping.wait(timeout=10) != 0
+        one.boot("n1")
+        one.cable("n1", True)
+        assert one.processes("n1", "sleep 77") == []
+    finally:
+        one.down()
 
 
 def test_a_missing_program_is_a_failure_where_all_should_be_there(require, monkeypatch, tmp_path):
