@@ -49,6 +49,7 @@ def install() -> None:
     - `tl.dot` with tf32 inputs drops the 13 bits that a tensor core drops (tf32x3 stays float32), and asks for the 16 columns that
       NVIDIA GPUs ask for.
     - Float arguments arrive as float32; `tl.maximum` and `tl.minimum` pass over a NaN unless told otherwise.
+    - The bound of a loop may be a loaded number (Triton 3.6 hands numpy an array of one element, which numpy 2.4 refuses).
     - Launches take half the time: the language is patched once a launch rather than at each call of a function, the check for
       integer overflow, which stock computes and drops, is left to `checked`, and arguments on the CPU are not copied onto themselves.
     """
@@ -66,6 +67,7 @@ def install() -> None:
     stock.interpreter_builder.codegen_fns["min_dot_size"] = lambda lhs, rhs: (1, 1, 32 if lhs.scalar.primitive_bitwidth == 8 else 16)
     stock.interpreter_builder.options = dataclasses.replace(stock.interpreter_builder.options, sanitize_overflow=False)
     stock._implicit_cvt = _float_arguments(stock._implicit_cvt)
+    stock._patch_lang_tensor = _loaded_bounds(stock._patch_lang_tensor)
     stock._patch_lang = _once_a_launch(stock._patch_lang)
     stock.GridExecutor.__call__ = np.errstate(all="ignore")(stock.GridExecutor.__call__)
     stock.GridExecutor._restore_args_dev = _restore_from_device(stock.GridExecutor._restore_args_dev)
@@ -138,6 +140,14 @@ def _float_arguments(convert: Callable) -> Callable:
     return call
 
 
+def _loaded_bounds(patch: Callable) -> Callable:
+    def call(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return call
+
+
 def _once_a_launch(patch: Callable) -> Callable:
     """Stock patches triton.language again, 1.4 ms, at every call of one kernel function by another, and leaves that patch behind."""
     scopes, patched = [], set()
@@ -204,6 +214,10 @@ def _everything(X, Y, OUT, FLAGS, WHOLE, SQUARE, scale, N: tl.constexpr):
     tl.store(WHOLE + 4 * N + at, tl.zeros([N], tl.float32) + tl.min(x))
     tl.store(WHOLE + 5 * N + at, tl.maximum(tl.where(at == 0, float("nan"), x.to(tl.float32)), 0.0))
     tl.store(WHOLE + 6 * N + at, tl.zeros([N], tl.float32) + scale * scale)
+    count = tl.zeros([N], tl.float32)
+    for _ in range(tl.load(FLAGS + 3 * N), N, 1):
+        count += 1
+    tl.store(WHOLE + 7 * N + at, count)
     rows = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     a, b = tl.load(X + rows), tl.load(Y + rows)
     tl.store(SQUARE + rows, tl.dot(a, b))
@@ -238,7 +252,7 @@ def verify() -> None:
         "float32": {
             "x / y": x.float() / y.float(), "tl.maximum": torch.maximum(x, y), "tl.clamp": x.clamp(-0.5, 0.5), "tl.max": x.max().expand(N),
             "tl.min": x.min().expand(N), "tl.maximum of NaN": torch.where(torch.arange(N) == 0, 0.0, x.relu()),
-            "float argument": torch.tensor(0.1).square().expand(N),
+            "float argument": torch.tensor(0.1).square().expand(N), "loop from a loaded number": N - x.argmax().expand(N),
         },
         "tl.dot": {
             kind: (a.double().view(16, 16) @ y.double().view(16, 16)).flatten()
