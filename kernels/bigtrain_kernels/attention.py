@@ -176,7 +176,7 @@ def forward(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Mask, sink_H: 
     if out.numel():
         kernels.forward[triton.cdiv(T, M), B * H](
             _stays(q, M), k, v, out, lse, *_query_ranges(mask, lse), lse if sink_H is None else sink_H,
-            *_strides(q, k, v, out), _range_stride(mask), T, S, H, H // k.shape[2], mask.scale * LOG2E, mask.cap * LOG2E,
+            *_strides(q, k, v, out), _range_stride(mask), T, S, H, H // k.shape[2], *_rates(mask),
             **_flags(q, mask, S % N), SINKS=sink_H is not None, **launch.arguments(),
         )  # fmt: skip
     return out, lse
@@ -208,7 +208,7 @@ def backward_q(
     if dq.numel():
         kernels.backward_q[triton.cdiv(T, M), B * H](
             _stays(q, M), k, v, _stays(grad, M), lse2_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT),
-            *_strides(q, k, v, grad, dq), _range_stride(mask), T, S, H, H // k.shape[2], *_rates(mask),
+            *_strides(q, k, v, grad, dq), _range_stride(mask), T, S, H, H // k.shape[2], mask.scale, *_rates(mask),
             **_flags(q, mask, S % N), **launch.arguments(),
         )  # fmt: skip
     return dq
@@ -226,7 +226,7 @@ def backward_kv(
     if dk.numel():
         kernels.backward_kv[triton.cdiv(S, N), B * G](
             q, _stays(k, N), _stays(v, N), grad, lse2_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT),
-            *_strides(q, k, v, grad, dk, dv), _range_stride(mask, keys=True), T, S, H, H // G, *_rates(mask),
+            *_strides(q, k, v, grad, dk, dv), _range_stride(mask, keys=True), T, S, H, H // G, mask.scale, *_rates(mask),
             **_flags(q, mask, T % M), **launch.arguments(),
         )  # fmt: skip
     return dk, dv
@@ -266,8 +266,9 @@ def _strides(*xs: Tensor) -> list[int]:
     return [stride for x in xs for stride in x.stride()[:3]]
 
 
-def _rates(mask: Mask) -> tuple[float, float, float]:
-    return mask.scale, mask.scale * LOG2E, mask.cap * LOG2E
+def _rates(mask: Mask) -> tuple[float, float]:
+    """`rate` and `slope` of the kernels."""
+    return (mask.cap * LOG2E, mask.scale / mask.cap) if mask.cap > 0 else (mask.scale * LOG2E, 0.0)
 
 
 def _flags(q: Tensor, mask: Mask, rest: int) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """The kernels of flash attention; attention.py says what they are for, and launches them.
 
-Scores are kept in units of log 2, so that exponentials are the hardware's exp2: `rate` is scale * log2(e), and `cap` and, in the
-backward pass, LSE are in those units too. A block of rows sees a range of blocks, of which the first and the last few may need
+Scores are kept in units of log 2, so that exponentials are the hardware's exp2: a product times `rate`, which is scale * log2(e).
+With a cap it is cap * log2(e), and what it multiplies tanh(product * slope), for a `slope` of scale / cap. In the backward pass LSE
+is in those units too. A block of rows sees a range of blocks, of which the first and the last few may need
 a mask: see `_bounds`.
 
 Strides of what a loop loads are compiled in: a thread's rows are then one address and constants. The loops carry pointers rather
@@ -17,13 +18,19 @@ B batch, T query length, S key length, H query heads, G key and value heads, D h
 import triton
 import triton.language as tl
 
+from .tile import tanh
+
 LANES: tl.constexpr = tl.constexpr(8)
 """Sums that a row of weights is kept in: tensor cores leave every eighth column with the same thread, which can add those alone."""
 
 
 @triton.jit
-def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+def _capped(s, slope, EXACT: tl.constexpr):
+    """tanh(s * slope). Not EXACT: within 2e-7, without a division, which takes ten instructions and registers with them."""
+    if EXACT:
+        return tanh(s * slope)
+    root = tl.rsqrt(tl.exp2(s * (slope * 2.8853900817779268) - 1.0) + 0.5)  # 1 - 2 / (1 + exp(2 x)), and 2 log2(e)
+    return 1.0 - root * root
 
 
 @triton.jit
@@ -77,11 +84,11 @@ def _phase(phase: tl.constexpr, start, whole, whole_end, stop):
 
 @triton.jit
 def _attend(
-    total, weight, peak, q, K, V, start, stop, first, end, S, stride_k: tl.constexpr, stride_v: tl.constexpr, rate, cap,
+    total, weight, peak, q, K, V, start, stop, first, end, S, stride_k: tl.constexpr, stride_v: tl.constexpr, rate, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, RANGES: tl.constexpr, CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys from start to stop. `rate` is scale * log2(e): scores are kept in units of log 2."""
+    """Online softmax over the keys from start to stop."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     K += tl.cast(start, tl.int64) * stride_k
     V += tl.cast(start, tl.int64) * stride_v
@@ -89,21 +96,15 @@ def _attend(
         k = _load(K, S - n, stride_k, rows, columns, D, not MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
-            s = cap * _tanh(s * (rate / cap))  # cap and rate / cap in units of log 2 alike
+            s = _capped(s, slope, q.dtype == tl.float32)
         if MASKED:
             seen = n + rows[None, :] < end[:, None]
             if RANGES:
                 seen &= rows[None, :] >= (first - n)[:, None]
             s = tl.where(seen, s, float("-inf"))
-        if CAP:
-            new = tl.maximum(peak, tl.max(s, 1))
-        else:
-            new = tl.maximum(peak, tl.max(s, 1) * rate)
+        new = tl.maximum(peak, tl.max(s, 1) * rate)
         base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a row that has seen no key yet
-        if CAP:
-            p = tl.exp2(s - base[:, None])
-        else:
-            p = tl.exp2(s * rate - base[:, None])
+        p = tl.exp2(s * rate - base[:, None])
         decay = tl.exp2(peak - base)
         weight = weight * decay[:, None] + tl.sum(tl.reshape(p, [p.shape[0], BLOCK_N // LANES, LANES]), 1)
         v = _load(V, S - n, stride_v, rows, columns, D, not MASKED)
@@ -117,7 +118,7 @@ def _attend(
 @triton.jit
 def forward(
     Q, K, V, OUT, LSE, FIRST, END, SINK,
-    qb, qt, qh, kb, ks: tl.constexpr, kg, vb, vs: tl.constexpr, vg, ob, ot, oh, range_b, T, S, H, group, rate, cap,
+    qb, qt, qh, kb, ks: tl.constexpr, kg, vb, vs: tl.constexpr, vg, ob, ot, oh, range_b, T, S, H, group, rate, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +147,7 @@ def forward(
         if (phase == 0 and RANGES) or phase == 1 or (phase == 2 and (RANGES or CAUSAL or not EVEN)):
             begin, until = _phase(phase, start, whole, whole_end, stop)
             total, weight, peak = _attend(
-                total, weight, peak, q, K, V, begin, until, first, end, S, ks, vs, rate, cap,
+                total, weight, peak, q, K, V, begin, until, first, end, S, ks, vs, rate, slope,
                 D, BLOCK_D, BLOCK_N, phase != 1, RANGES, CAP, PRECISION,
             )  # fmt: skip
     weight = tl.sum(weight, 1)
@@ -184,7 +185,7 @@ def row_sums(
 @triton.jit
 def _add_kv(
     dk, dv, k, v, Q, GRAD, LSE, DELTA, start, stop, first, end, T, group, stride_q: tl.constexpr, head_q, stride_g: tl.constexpr, head_g,
-    rate, cap,
+    rate, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, RANGES: tl.constexpr, CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -206,10 +207,8 @@ def _add_kv(
         else:
             lse, delta = tl.load(LSE + at + rows), tl.load(DELTA + at + rows)
         if CAP:
-            t = _tanh(s * (rate / cap))
-            p = tl.exp2(cap * t - lse[None, :])
-        else:
-            p = tl.exp2(s * rate - lse[None, :])
+            s = _capped(s, slope, k.dtype == tl.float32)
+        p = tl.exp2(s * rate - lse[None, :])
         if MASKED:
             seen = rows[None, :] >= (first - m)[:, None]
             if RANGES:  # without, what is beyond the last query has no gradient
@@ -219,7 +218,7 @@ def _add_kv(
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
         if CAP:
-            ds *= 1.0 - t * t
+            ds *= 1.0 - s * s
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         m += BLOCK_M
         turn = m >= stop
@@ -234,7 +233,7 @@ def _add_kv(
 def backward_kv(
     Q, K, V, GRAD, LSE, DELTA, DK, DV, FIRST, END,
     qb, qt: tl.constexpr, qh, kb, ks, kg, vb, vs, vg, gb, gt: tl.constexpr, gh, dkb, dks, dkg, dvb, dvs, dvg, range_b, T, S, H, group,
-    scale, rate, cap,
+    scale, rate, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -265,7 +264,7 @@ def backward_kv(
         if (phase == 0 and (RANGES or CAUSAL)) or phase == 1 or (phase == 2 and (RANGES or not EVEN)):
             begin, until = _phase(phase, start, whole, whole_end, stop)
             dk, dv = _add_kv(
-                dk, dv, k, v, Q, GRAD, LSE, DELTA, begin, until, first, end, T, group, qt, qh, gt, gh, rate, cap,
+                dk, dv, k, v, Q, GRAD, LSE, DELTA, begin, until, first, end, T, group, qt, qh, gt, gh, rate, slope,
                 D, BLOCK_D, BLOCK_M, phase != 1, RANGES, CAP, PRECISION,
             )  # fmt: skip
     _store(DK + b * dkb + g * dkg + row * dks, S - n, dks, rows, columns, dk * scale, D)
@@ -274,7 +273,7 @@ def backward_kv(
 
 @triton.jit
 def _add_q(
-    dq, q, grad, lse, delta, K, V, start, stop, first, end, S, stride_k: tl.constexpr, stride_v: tl.constexpr, rate, cap,
+    dq, q, grad, lse, delta, K, V, start, stop, first, end, S, stride_k: tl.constexpr, stride_v: tl.constexpr, rate, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, RANGES: tl.constexpr, CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -288,10 +287,8 @@ def _add_q(
         v = _load(V, S - n, stride_v, rows, columns, D, not MASKED, JOINT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
-            t = _tanh(s * (rate / cap))
-            p = tl.exp2(cap * t - lse[:, None])
-        else:
-            p = tl.exp2(s * rate - lse[:, None])
+            s = _capped(s, slope, k.dtype == tl.float32)
+        p = tl.exp2(s * rate - lse[:, None])
         if MASKED:
             seen = n + rows[None, :] < end[:, None]
             if RANGES:
@@ -299,7 +296,7 @@ def _add_q(
             p = tl.where(seen, p, 0.0)
         ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if CAP:
-            ds *= 1.0 - t * t
+            ds *= 1.0 - s * s
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         K += BLOCK_N * stride_k
         V += BLOCK_N * stride_v
@@ -309,7 +306,7 @@ def _add_q(
 @triton.jit
 def backward_q(
     Q, K, V, GRAD, LSE, DELTA, DQ, FIRST, END,
-    qb, qt, qh, kb, ks: tl.constexpr, kg, vb, vs: tl.constexpr, vg, gb, gt, gh, dqb, dqt, dqh, range_b, T, S, H, group, scale, rate, cap,
+    qb, qt, qh, kb, ks: tl.constexpr, kg, vb, vs: tl.constexpr, vg, gb, gt, gh, dqb, dqt, dqh, range_b, T, S, H, group, scale, rate, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -338,7 +335,7 @@ def backward_q(
         if (phase == 0 and RANGES) or phase == 1 or (phase == 2 and (RANGES or CAUSAL or not EVEN)):
             begin, until = _phase(phase, start, whole, whole_end, stop)
             dq = _add_q(
-                dq, q, grad, lse, delta, K, V, begin, until, first, end, S, ks, vs, rate, cap,
+                dq, q, grad, lse, delta, K, V, begin, until, first, end, S, ks, vs, rate, slope,
                 D, BLOCK_D, BLOCK_N, phase != 1, RANGES, CAP, PRECISION,
             )  # fmt: skip
     _store(DQ + b * dqb + h * dqh + row * dqt, T - m, dqt, rows, columns, dq * scale, D)

@@ -6,7 +6,7 @@ N flattened tokens, V vocabulary, E width, C columns of a chunk of the vocabular
 import triton
 import triton.language as tl
 
-from .tile import grouped
+from .tile import grouped, tanh
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _logits(product, columns, BIAS, V, cap, BIASED: tl.constexpr, CAP: tl.conste
     if BIASED:
         product += tl.load(BIAS + tl.minimum(columns, V - 1)).to(tl.float32)[None, :]
     if CAP:
-        product = cap * (2.0 * tl.sigmoid(product * (2.0 / cap)) - 1.0)
+        product = cap * tanh(product * (1.0 / cap))
     return product
 
 

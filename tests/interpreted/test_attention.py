@@ -29,7 +29,7 @@ def results(attend, tensors, weights):
     return [t.detach() for t in (*outs, *torch.autograd.grad(total, leaves))]
 
 
-def compare(tensors, *, sink=None, zero=1e-6, **kind):
+def compare(tensors, *, sink=None, zero=1e-7, **kind):
     """The three of `proof.check`: triton, plain torch in the same dtype, and float64; forward and gradients separately."""
     dtype = tensors[0].dtype
     B, T, H, D = tensors[0].shape
@@ -46,7 +46,7 @@ def compare(tensors, *, sink=None, zero=1e-6, **kind):
     ours = results(call(ops.attention, backend="triton"), several, weights)
     theirs = results(plain, several, weights)
     exact = results(call(reference.attention), [x.to(F64) for x in several], weights)
-    zero = zero if dtype == F32 else 1e-3
+    zero = zero if dtype == F32 else 1e-4
     proof.check(ours[:count], theirs[:count], exact[:count], limit=proof.FORWARD, zero=zero)
     proof.check(ours[count:], theirs[count:], exact[count:], limit=proof.BACKWARD, zero=zero)
 
@@ -89,7 +89,7 @@ def test_other_head_dimensions(D):
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (63, 63), (130, 130), (257, 257), (1, 97), (63, 130), (130, 63), (97, 33)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_lengths(T, S, causal):
-    compare(inputs(1, T, S, 2, 1, 32, F32), causal=causal)
+    compare(inputs(1, T, S, 2, 1, 32, F32), causal=causal, zero=1e-6 if S == 1 else 1e-7)
 
 
 @pytest.mark.parametrize(("H", "G"), [(1, 1), (4, 4), (4, 2), (6, 1)])
@@ -110,10 +110,14 @@ def test_window(kind):
     kind = dict(causal=True) | kind
     if "document_BT" in kind:
         kind["document_BT"] = documents(1, 130, 3)
-    compare(inputs(1, 130, 130, 2, 1, 32, F32), **kind)
+    compare(inputs(1, 130, 130, 2, 1, 32, F32), **kind, zero=1e-6 if kind["window"] == 1 else 1e-7)  # of one key: cancels to 0
 
 
-@pytest.mark.parametrize("kind", [dict(cap=2.0), dict(scale=0.5), dict(cap=5.0, window=20), dict(return_lse=True)], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [dict(cap=2.0), dict(cap=50.0), dict(cap=50.0, scale=0.02), dict(scale=0.5), dict(cap=5.0, window=20), dict(return_lse=True)],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_options(kind, dtype):
     compare(inputs(1, 97, 97, 2, 1, 32, dtype), causal=True, **kind)
@@ -149,7 +153,7 @@ def test_sequences_end_to_end(causal):
         )
 
     exact = results(apart, [x.to(F64) for x in tensors], weights)
-    proof.check(ours, theirs, exact, limit=proof.BACKWARD, zero=1e-6)
+    proof.check(ours, theirs, exact, limit=proof.BACKWARD, zero=1e-7)
 
 
 def test_parts_of_the_keys_combine():

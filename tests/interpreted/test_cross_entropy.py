@@ -14,7 +14,7 @@ from bigtrain_kernels import checks, cross_entropy, reference
 from bigtrain_kernels.cross_entropy import linear_cross_entropy, loss_and_gradients
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-OPTIONS = ({}, {"z_loss": 0.01}, {"cap": 3.0}, {"smoothing": 0.1}, {"z_loss": 0.01, "cap": 3.0, "smoothing": 0.1})
+OPTIONS = ({}, {"z_loss": 0.01}, {"cap": 3.0}, {"cap": 50.0}, {"smoothing": 0.1}, {"z_loss": 0.01, "cap": 3.0, "smoothing": 0.1})
 
 
 @pytest.fixture(autouse=True)
