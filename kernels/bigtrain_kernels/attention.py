@@ -354,31 +354,42 @@ attention.register_autograd(_gradients, setup_context=_save)
 
 
 def cases(architecture: str) -> Iterator[Case]:
-    """Every entry of the tables for one architecture, causal and with ranges: 4 sequences of 4,096 tokens, 16 heads on 4.
+    """Every entry of the tables for one architecture: 4 sequences of 4,096 tokens, 16 heads on 4, causal or with ranges.
 
-    16-bit entries in bf16; fp16, which shares them, for the usual widths.
+    16-bit entries in bf16, also without a mask ("full") and with all that a kernel can be asked for at once ("options": a padded
+    head dimension, lengths that no block divides, soft-cap, sink and the gradient of the log-sum-exp); fp16, which shares them, for
+    the usual widths.
     """
     for arch, width, size, masked in FORWARD:
         if arch == architecture:
-            yield from _cases(width, torch.bfloat16 if size == 2 else torch.float32, masked)
-            if size == 2 and width in (64, 128) and not masked:
-                yield from _cases(width, torch.float16, masked)
+            mask = "ranges" if masked else "causal"
+            yield from _cases(width, torch.bfloat16 if size == 2 else torch.float32, mask)
+            if size == 2:
+                yield from _cases(width - 16, torch.bfloat16, f"options-{mask}")
+            if size == 2 and not masked:
+                yield from _cases(width, torch.bfloat16, "full")
+            if size == 2 and not masked and width in (64, 128):
+                yield from _cases(width, torch.float16, mask)
 
 
-def _cases(D: int, dtype: torch.dtype, masked: bool) -> Iterator[Case]:
-    B, T, H, G = 4, 4096, 16, 4
-    size = dtype.itemsize
+def _cases(D: int, dtype: torch.dtype, kind: str) -> Iterator[Case]:
+    B, T, S, H, G = 4, 4096, 4096, 16, 4
+    options = kind.startswith("options")
+    if options:
+        T, S = T - 3, S + 3
     q, out, grad = (torch.empty(B, T, H, D, dtype=dtype, device="meta") for _ in range(3))
-    k, v = (torch.empty(B, T, G, D, dtype=dtype, device="meta") for _ in range(2))
+    k, v = (torch.empty(B, S, G, D, dtype=dtype, device="meta") for _ in range(2))
     lse, delta = (torch.empty(B, H, T, device="meta") for _ in range(2))
-    positions = torch.empty(B, T, dtype=torch.int32, device="meta")
-    mask = Mask(not masked, D**-0.5, seen=Ranges(positions, positions, positions, positions) if masked else None)
+    sink = torch.empty(H, device="meta") if options else None
+    query, key = (torch.empty(B, length, dtype=torch.int32, device="meta") for length in (T, S))
+    mask = Mask("causal" in kind, D**-0.5, 50.0 * options, Ranges(query, query, key, key) if "ranges" in kind else None)
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    label = f"d{D} {name} {'ranges' if masked else 'causal'}"
-    product = 2 * B * H * T * T * D // 2  # one matrix product over the half that a causal mask leaves
+    label = f"d{D} {name} {kind}"
+    product = 2 * B * H * T * S * D // (1 if kind == "full" else 2)  # one matrix product over what a mask leaves: half
+    size = dtype.itemsize
     wide, narrow, row = size * q.numel(), size * k.numel(), 4 * lse.numel()
     inputs = grad, delta, q, k, v, lse, mask
-    yield Case(f"attention forward {label}", lambda: forward(q, k, v, mask), 2 * product, 2 * wide + 2 * narrow + row)
-    yield Case(f"attention row sums {label}", lambda: row_sums(grad, out, None), 2 * q.numel(), 2 * wide + row)
+    yield Case(f"attention forward {label}", lambda: forward(q, k, v, mask, sink), 2 * product, 2 * wide + 2 * narrow + row)
+    yield Case(f"attention row sums {label}", lambda: row_sums(grad, out, lse if options else None), 2 * q.numel(), 2 * wide + row)
     yield Case(f"attention backward q {label}", lambda: backward_q(*inputs), 3 * product, 3 * wide + 2 * narrow + 2 * row)
     yield Case(f"attention backward kv {label}", lambda: backward_kv(*inputs), 4 * product, 2 * wide + 4 * narrow + 2 * row)

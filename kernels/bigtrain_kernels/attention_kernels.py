@@ -25,15 +25,6 @@ LANES: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
-def _capped(s, slope, EXACT: tl.constexpr):
-    """tanh(s * slope). Not EXACT: within 2e-7, without a division, which takes ten instructions and registers with them."""
-    if EXACT:
-        return tanh(s * slope)
-    root = tl.rsqrt(tl.exp2(s * (slope * 2.8853900817779268) - 1.0) + 0.5)  # 1 - 2 / (1 + exp(2 x)), and 2 log2(e)
-    return 1.0 - root * root
-
-
-@triton.jit
 def _load(base, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr, JOINT: tl.constexpr = False):
     """These rows of [left, D] at `base`, beyond them and beyond D zeros. WHOLE: all of them are there. JOINT: one offset an element."""
     at = base + (rows[:, None] * stride + columns[None, :]) if JOINT else base + rows[:, None] * stride + columns[None, :]
@@ -96,7 +87,7 @@ def _attend(
         k = _load(K, S - n, stride_k, rows, columns, D, not MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
-            s = _capped(s, slope, q.dtype == tl.float32)
+            s = tanh(s, slope, q.dtype == tl.float32)
         if MASKED:
             seen = n + rows[None, :] < end[:, None]
             if RANGES:
@@ -207,7 +198,7 @@ def _add_kv(
         else:
             lse, delta = tl.load(LSE + at + rows), tl.load(DELTA + at + rows)
         if CAP:
-            s = _capped(s, slope, k.dtype == tl.float32)
+            s = tanh(s, slope, k.dtype == tl.float32)
         p = tl.exp2(s * rate - lse[None, :])
         if MASKED:
             seen = rows[None, :] >= (first - m)[:, None]
@@ -287,7 +278,7 @@ def _add_q(
         v = _load(V, S - n, stride_v, rows, columns, D, not MASKED, JOINT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
-            s = _capped(s, slope, k.dtype == tl.float32)
+            s = tanh(s, slope, k.dtype == tl.float32)
         p = tl.exp2(s * rate - lse[:, None])
         if MASKED:
             seen = n + rows[None, :] < end[:, None]
