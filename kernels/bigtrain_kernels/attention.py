@@ -27,6 +27,8 @@ from .launch import INTERPRETED, Case, Launch, architecture, operator
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128, 256)
 """Widths of a block; a head dimension between two of them is padded in registers."""
+MOST_SEQUENCES = 65535
+"""Of a batch: the third dimension of a grid on CUDA."""
 ROWS = 64
 """Queries of a program of `row_sums`."""
 
@@ -173,13 +175,15 @@ class Mask(NamedTuple):
 def forward(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Mask, sink_H: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The output [B, T, H, D], and the log of the sum of exponentials of the scores, float32 [B, H, T], -inf where a query sees nothing."""
     (B, T, H, _), S = q_BTHD.shape, k_BSGD.shape[1]
+    if B > MOST_SEQUENCES:
+        raise ValueError(f"attention over {B} sequences: a GPU launches {MOST_SEQUENCES} at a time; split the batch, or pack it")
     q, k, v = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     launch = FORWARD[_key(q, mask)]
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if out.numel():
-        kernels.forward[triton.cdiv(T, M) * B * H,](
+        kernels.forward[triton.cdiv(T, M), H, B](
             _stays(q, M), k, v, out, lse, *_query_ranges(mask, lse), lse if sink_H is None else sink_H,
             *_strides(q, k, v, out), _range_stride(mask), T, S, H, H // k.shape[2], *_rates(mask),
             **_flags(q, mask, S % N), SINKS=sink_H is not None, **launch.arguments(),
@@ -193,7 +197,7 @@ def row_sums(grad_BTHD: Tensor, out_BTHD: Tensor, grad_lse_BHT: Tensor | None) -
     grad = _rows(grad_BTHD)
     delta = out_BTHD.new_empty(B, H, T, dtype=torch.float32)
     if delta.numel():
-        kernels.row_sums[triton.cdiv(T, ROWS) * B * H,](
+        kernels.row_sums[triton.cdiv(T, ROWS), H, B](
             out_BTHD, grad, delta if grad_lse_BHT is None else grad_lse_BHT.contiguous(), delta, *_strides(out_BTHD, grad), T, H,
             D=D, BLOCK_D=_block_dim(D), BLOCK_M=ROWS, HAS_LSE=grad_lse_BHT is not None,
             num_warps=4 if D <= 64 else 8,  # on 4, rows of 128 in fp16 spill on sm_100
@@ -211,7 +215,7 @@ def backward_q(
     launch = BACKWARD_Q[_key(q, mask)]
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dq.numel():
-        kernels.backward_q[triton.cdiv(T, M) * B * H,](
+        kernels.backward_q[triton.cdiv(T, M), H, B](
             _stays(q, M), k, v, _stays(grad, M), lse2_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT),
             *_strides(q, k, v, grad, dq), _range_stride(mask), T, S, H, H // k.shape[2], mask.scale, *_rates(mask),
             **_flags(q, mask, S % N), **launch.arguments(),
@@ -229,7 +233,7 @@ def backward_kv(
     launch = BACKWARD_KV[_key(q, mask)]
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dk.numel():
-        kernels.backward_kv[triton.cdiv(S, N) * B * G,](
+        kernels.backward_kv[triton.cdiv(S, N), G, B](
             q, _stays(k, N), _stays(v, N), grad, lse2_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT),
             *_strides(q, k, v, grad, dk, dv), _range_stride(mask, keys=True), T, S, H, H // G, mask.scale, *_rates(mask),
             **_flags(q, mask, T % M), **launch.arguments(),

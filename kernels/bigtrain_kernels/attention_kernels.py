@@ -25,16 +25,6 @@ LANES: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
-def _place(length, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr = False):
-    """First row, batch and head of this program, whose grid has one dimension: CUDA takes no more than 65,535 programs in the others.
-
-    LAST_FIRST: under a causal mask the last blocks of queries have the most keys, and short ones fill the gaps at the end."""
-    blocks = tl.cdiv(length, BLOCK)
-    block, sequence = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    return (blocks - 1 - block if LAST_FIRST else block) * BLOCK, sequence // heads, sequence % heads
-
-
-@triton.jit
 def _load(base, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr, JOINT: tl.constexpr = False):
     """These rows of [left, D] at `base`, beyond them and beyond D zeros. WHOLE: all of them are there. JOINT: one offset an element."""
     at = base + (rows[:, None] * stride + columns[None, :]) if JOINT else base + rows[:, None] * stride + columns[None, :]
@@ -123,8 +113,10 @@ def forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, b, h = _place(T, H, BLOCK_M, LAST_FIRST=True)
+    # The last blocks of a causal mask have the most keys: they go first, so that the short ones fill the gaps at the end.
+    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     row = m.to(tl.int64)
+    b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     valid = m + rows < T
     K += b * kb + h // group * kg
@@ -168,8 +160,9 @@ def row_sums(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dLSE: what every score's gradient has subtracted."""
-    m, b, h = _place(T, H, BLOCK_M)
+    m = tl.program_id(0) * BLOCK_M
     row = m.to(tl.int64)
+    b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     out = _load(OUT + b * ob + h * oh + row * ot, T - m, ot, rows, columns, D, False).to(tl.float32)
     grad = _load(GRAD + b * gb + h * gh + row * gt, T - m, gt, rows, columns, D, False).to(tl.float32)
@@ -235,8 +228,9 @@ def backward_kv(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n, b, g = _place(S, H // group, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N
     row = n.to(tl.int64)
+    b, g = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     valid = n + rows < S
     if RANGES:
@@ -306,8 +300,9 @@ def backward_q(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, b, h = _place(T, H, BLOCK_M, LAST_FIRST=True)
+    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     row = m.to(tl.int64)
+    b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     valid = m + rows < T
     K += b * kb + h // group * kg

@@ -44,6 +44,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALLEST_CHUNK = 2048
 """Columns of a chunk at least: the depth of the product that gives the hidden states' gradient, which rereads it for each chunk."""
 
+UNALIGNED = "unaligned"
+"""In place of the architecture where rows do not start at multiples of 16 elements: nothing is loaded 128 bits or asynchronously then,
+so that the pipeline lives in registers and larger tiles would spill. No case of the static gate: its loads are narrow."""
+
 # Launches. Keys: architecture, bytes of an element. BLOCK_M tokens x BLOCK_N columns x BLOCK_K of the sum; GROUP blocks of tokens
 # go side by side, so that what they read stays in the L2 cache; TILES blocks of the vocabulary make a stripe.
 
@@ -60,6 +64,7 @@ PRODUCT: dict[tuple[str, int], Launch] = {
     ("gfx942", 4): _launch(128, 128, 32, 8, 2),
     **{(arch, 4): _launch(128, 128, 16, 8, 3) for arch in ("sm_80", "sm_90", "sm_100")},
     **{(INTERPRETED, size): _launch(32, 64, 32, 4, 1) for size in (2, 4)},
+    **{(UNALIGNED, size): _launch(64, 64, 32, 8, 2) for size in (2, 4)},
 }
 """Of both gradients."""
 STATISTICS: dict[tuple[str, int], Launch] = {
@@ -70,6 +75,12 @@ STATISTICS: dict[tuple[str, int], Launch] = {
         ("sm_80", 4): _launch(128, 32, 32, 4, 3),  # wider tiles lose their asynchronous loads
     }.items()
 }
+
+
+def _key(*operands: Tensor) -> tuple[str, int]:
+    aligned = all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+    arch = architecture()
+    return arch if aligned or arch == INTERPRETED else UNALIGNED, operands[0].element_size()
 
 
 def chunk_columns(V: int, E: int, size: int) -> int:
@@ -84,7 +95,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """For every row lse, the log of the sum of exponentials of its logits, and the sum of q * logits; both float32 [N]."""
     (N, E), V = hidden_NE.shape, len(weight_VE)
-    launch = STATISTICS[architecture(), hidden_NE.element_size()]
+    launch = STATISTICS[_key(hidden_NE, weight_VE)]
     S = triton.cdiv(V, launch.blocks["BLOCK_N"] * launch.blocks["TILES"])
     lse_SN = hidden_NE.new_empty(S, N, dtype=torch.float32)
     total_SN = torch.empty_like(lse_SN) if smoothing else lse_SN
@@ -105,7 +116,7 @@ def logit_gradients_(
 ) -> None:  # fmt: skip
     """Writes dloss / dlogits of the columns start to start + C of the vocabulary into `out_NC`."""
     (N, E), V, C = hidden_NE.shape, len(weight_VE), out_NC.shape[1]
-    launch = PRODUCT[architecture(), hidden_NE.element_size()]
+    launch = PRODUCT[_key(hidden_NE, weight_VE, out_NC)]
     kernels.logit_gradients[triton.cdiv(N, launch.blocks["BLOCK_M"]) * triton.cdiv(C, launch.blocks["BLOCK_N"]),](
         hidden_NE, weight_VE, lse_N if bias_V is None else bias_V, target_N, lse_N, out_NC, start, C, N, V, E,
         hidden_NE.stride(0), weight_VE.stride(0), out_NC.stride(0), cap, 1 - smoothing, smoothing / V, z_loss,
@@ -116,7 +127,7 @@ def logit_gradients_(
 def add_hidden_gradients_(grad_NE: Tensor, rest_NE: Tensor | None, grad_NC: Tensor, weight_CE: Tensor, first: bool) -> None:
     """grad_NE + rest_NE += grad_NC @ weight_CE, in float32; `first`: what they held before does not count."""
     (N, E), C = grad_NE.shape, len(weight_CE)
-    launch = PRODUCT[architecture(), grad_NE.element_size()]
+    launch = PRODUCT[_key(grad_NE, grad_NC, weight_CE)]
     even = C % launch.blocks["BLOCK_K"] == 0 and E % launch.blocks["BLOCK_N"] == 0
     kernels.add_hidden_gradients[triton.cdiv(N, launch.blocks["BLOCK_M"]) * triton.cdiv(E, launch.blocks["BLOCK_N"]),](
         grad_NC, weight_CE, grad_NE, grad_NE if rest_NE is None else rest_NE, N, E, C, grad_NC.stride(0), weight_CE.stride(0),

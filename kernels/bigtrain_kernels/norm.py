@@ -24,14 +24,15 @@ from torch import Tensor
 
 from .launch import INTERPRETED, Case, Launch, architecture, operator
 
-# Launches. Keys: architecture, width up to which it serves, bytes of an element. ROWS a program, or a step of its loop in the backward
-# pass, where as many PROGRAMS go over the rows as the processor can hold. A thread has 8 or 16 elements of a tile, in loads of 128 bits.
+# Launches. Keys: architecture, width up to which it serves, bytes of an element, for the backward pass also whether there is a bias.
+# ROWS a program, or a step of its loop in the backward pass, where as many PROGRAMS go over the rows as the processor can hold. A
+# thread has 8 or 16 elements of a tile, in loads of 128 bits.
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 FORWARD: dict[tuple[str, int, int], Launch] = {}
-BACKWARD: dict[tuple[str, int, int], Launch] = {}
+BACKWARD: dict[tuple[str, int, int, bool], Launch] = {}
 SUM = Launch({"BLOCK_P": 32, "BLOCK_E": 32}, 4)
 
 
@@ -48,10 +49,13 @@ def _table() -> None:
                 backward = Launch({"BLOCK_E": width, "ROWS": rows, "PROGRAMS": 512 // threads * count}, threads // lanes, 2)
             else:  # the sums over rows would fill the registers: blocks of a row
                 backward = Launch({"BLOCK_E": 2048, "ROWS": 4 // size, "PROGRAMS": 2 * count}, 256 // lanes)
-            BACKWARD[arch, width, size] = backward
+            BACKWARD[arch, width, size, False] = BACKWARD[arch, width, size, True] = backward
         rows = 4 if width <= 128 else 1
         FORWARD[INTERPRETED, width, size] = Launch({"BLOCK_E": width, "ROWS": rows}, 4)
-        BACKWARD[INTERPRETED, width, size] = Launch({"BLOCK_E": min(width, 128), "ROWS": rows, "PROGRAMS": 3}, 4)
+        for bias in (False, True):
+            BACKWARD[INTERPRETED, width, size, bias] = Launch({"BLOCK_E": min(width, 128), "ROWS": rows, "PROGRAMS": 3}, 4)
+    # With two stages it spills at 5,120 and 7,168.
+    BACKWARD["sm_100", 8192, 2, True] = BACKWARD["sm_100", 8192, 2, True]._replace(stages=1)
 
 
 _table()
@@ -226,7 +230,7 @@ def backward(
     dx = x.new_empty(N, E)
     if not x.numel():
         return dx, torch.zeros_like(weight_E), None if bias_E is None else torch.zeros_like(bias_E)
-    launch = BACKWARD[_key(x)]
+    launch = BACKWARD[(*_key(x), bias_E is not None)]
     P = min(triton.cdiv(N, launch.blocks["ROWS"]), launch.blocks["PROGRAMS"])
     partials = x.new_empty(len(statistics_KN), P, E, dtype=torch.float32)
     kernel = _backward if launch.blocks["BLOCK_E"] >= E else _backward_wide
@@ -362,23 +366,28 @@ def _check(x: Tensor, residual: Tensor | None, *affine_E: Tensor) -> None:
 
 
 def cases(architecture: str) -> Iterator[Case]:
-    """Every entry of the tables for one architecture, at 16,384 rows of the full width and with a residual: RMSNorm and LayerNorm."""
+    """Every entry of the tables for one architecture, at 16,384 rows and with a residual: RMSNorm and LayerNorm.
+
+    At the full width; 16-bit entries also at five eighths of it, with weights in float32.
+    """
     for arch, width, size in FORWARD:
         if arch == architecture:
             for bias in (False, True):
                 yield from _cases(width, size, bias)
+                if size == 2:
+                    yield from _cases(width * 5 // 8, size, bias, torch.float32)
 
 
-def _cases(E: int, size: int, bias: bool) -> Iterator[Case]:
+def _cases(E: int, size: int, bias: bool, affine_dtype: torch.dtype | None = None) -> Iterator[Case]:
     N = 16384
     dtype = torch.bfloat16 if size == 2 else torch.float32
     x, residual, grad = (torch.empty(N, E, dtype=dtype, device="meta") for _ in range(3))
-    weight_E, bias_E = (torch.empty(E, dtype=dtype, device="meta") for _ in range(2))
+    weight_E, bias_E = (torch.empty(E, dtype=affine_dtype or dtype, device="meta") for _ in range(2))
     affine = (weight_E, bias_E if bias else None)
     statistics = torch.empty(2 if bias else 1, N, device="meta")
     label = f"{E} {str(dtype).split('.')[1]}"
     name = "layer_norm" if bias else "rms_norm"
-    small = size * E * len(statistics) + 4 * statistics.numel()
+    small = weight_E.itemsize * E * len(statistics) + 4 * statistics.numel()
     yield Case(f"{name} forward {label}", lambda: forward(x, residual, *affine, 1e-5), (8 if bias else 5) * N * E, 4 * size * N * E + small)
     moved = 4 * size * N * E + 2 * small
     yield Case(f"{name} backward {label}", lambda: backward(grad, residual, x, *affine, statistics), (14 if bias else 10) * N * E, moved)

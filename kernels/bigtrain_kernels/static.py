@@ -176,8 +176,6 @@ def measure_all(todo: Sequence[Job], workers: int) -> tuple[list[Row], list[str]
 def broken_rules(row: Row) -> Iterator[str]:
     """The rules that the source alone must keep, whatever compiles it."""
     f, limit = row.facts, PROCESSORS[row.architecture].shared_per_block
-    if any(size > 1 for size in row.grid[1:]):
-        yield f"has a grid of {' x '.join(map(str, row.grid))} programs: CUDA takes no more than 65,535 beyond the first dimension"
     if f.shared_bytes > limit:
         yield f"asks for {f.shared_bytes} bytes of shared memory, a block may have {limit}"
     if f.float64:

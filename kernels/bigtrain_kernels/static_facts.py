@@ -126,8 +126,10 @@ def sass(cubin: bytes) -> list[Instruction | str]:
     for row in _tool(triton.knobs.nvidia.nvdisasm.path, "-c", cubin).splitlines():
         if match := line.match(row):
             predicate, name, operands = match.groups()
-            jump = re.search(r"`\((\.L_x_\d+)\)", operands) if name.startswith(("BRA", "WARPSYNC", "JMP")) else None
-            always = not predicate and (name.split(".")[0] in ("EXIT", "RET", "BRX") or (jump and operands.strip() == jump[0]))
+            jump = re.search(r"`\((\.L_x_\d+)\)", operands) if name.startswith(("BRA", "WARPSYNC", "JMP", "CALL")) else None
+            # ptxas leaves some loops by a predicated CALL; one without a predicate comes back.
+            always = not predicate and not name.startswith("CALL")
+            always = always and (name.split(".")[0] in ("EXIT", "RET", "BRX") or (jump and operands.strip() == jump[0]))
             code.append(Instruction(name, operands, jump and jump[1], not always))
         elif label := re.match(r"^(\.L_x_\d+):", row):
             code.append(label[1])

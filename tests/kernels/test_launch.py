@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bigtrain_kernels import launch, static
+from bigtrain_kernels import cross_entropy, launch, static
 from bigtrain_kernels.launch import INTERPRETED, Launch, architecture, on_its_gpu, operator
 
 
@@ -81,7 +81,7 @@ def test_an_operator_asks_for_its_gpu(monkeypatch):
     ("backend", "arch", "entry"),
     [
         *[("cuda", 75, "sm_80"), ("cuda", 80, "sm_80"), ("cuda", 89, "sm_80"), ("cuda", 90, "sm_90"), ("cuda", 100, "sm_100")],
-        *[("cuda", 120, "sm_100"), ("hip", "gfx942", "gfx942"), ("hip", "gfx90a", "gfx942")],
+        *[("cuda", 103, "sm_100"), ("cuda", 120, "sm_80"), ("hip", "gfx942", "gfx942"), ("hip", "gfx90a", "gfx942")],
     ],
 )
 def test_every_gpu_has_an_entry(monkeypatch, backend, arch, entry):
@@ -101,3 +101,11 @@ def test_what_a_launch_is_given():
 def test_every_operator_is_registered_that_way(family):
     source = inspect.getsource(importlib.import_module(f"bigtrain_kernels.{family}"))
     assert "@operator(" in source and "custom_op" not in source
+
+
+def test_the_loss_takes_small_tiles_where_rows_are_not_aligned(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "architecture", lambda: "sm_90")
+    aligned, other = (torch.empty(4, width, dtype=torch.bfloat16) for width in (4096, 4104))
+    assert cross_entropy._key(aligned, aligned) == ("sm_90", 2)
+    assert cross_entropy._key(aligned, other) == cross_entropy._key(aligned, aligned[:, 1:]) == ("unaligned", 2)
+    assert cross_entropy.STATISTICS["unaligned", 2].blocks["TILES"] == 32

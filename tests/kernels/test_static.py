@@ -203,8 +203,8 @@ def test_matrix_instructions_that_wait_for_each_other(good, monkeypatch, text, w
 
 def test_shared_memory_beyond_the_limit():
     row = copy_row("sm_80")
-    assert broken(with_facts(row, shared_bytes=163 << 10)) == []
-    assert "166913 bytes of shared memory" in broken(with_facts(row, shared_bytes=(163 << 10) + 1))[0]
+    assert broken(with_facts(row, shared_bytes=99 << 10)) == []
+    assert "101377 bytes of shared memory" in broken(with_facts(row, shared_bytes=(99 << 10) + 1))[0]
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
