@@ -14,10 +14,12 @@ import torch._dynamo  # looks at sdpa_kernel, which is replaced below
 from torch.nn.attention import varlen
 
 from bigtrain_kernels import reference
+from bigtrain_kernels.launch import ARCHITECTURES, Launch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kernelwork
+import tune
 
 import kernels
 
@@ -194,3 +196,100 @@ def test_no_repetition_sees_what_an_earlier_one_left(monkeypatch):
     seen = []
     assert kernels.milliseconds(lambda: next(made), seen.append) == 1.0
     assert seen == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """tune.py with few candidates and with a clock in place of do_bench: by the table as it is, 64 x 16 is the fastest."""
+    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    monkeypatch.setattr(tune, "SIZES", {2: ((16, 64), (1,)), 4: ((16, 48), (1,))})
+    monkeypatch.setattr(tune, "WARPS", (4,))
+    monkeypatch.setattr(tune, "WIDTH", 32)
+    monkeypatch.setattr(tune, "all_refused", lambda jobs, size: ["spills" if x == launch(64, 64) else None for _, x in jobs])
+    before = {name: dict(table) for name, table in tune.TABLES.items()}
+    yield before
+    assert before == tune.TABLES
+
+
+def launch(M, N):
+    return Launch({"BLOCK_M": M, "BLOCK_N": N}, 4, 1)
+
+
+def clock(entry, times):
+    """do_bench: the milliseconds of the candidate that the entry has now."""
+
+    def do_bench(run, **options):
+        run()
+        return times.get(tuple(entry.present.blocks.values()), 8.0)
+
+    return do_bench
+
+
+def test_every_entry_can_be_tuned():
+    options = tune.arguments([])
+    for arch in (*ARCHITECTURES, "interpreter"):
+        found = tune.selected(arch, options)
+        assert len(found) == len(set(found)) == 3 * 4 * 2 * 2
+        assert all(tune.candidates(entry)[0] == entry.present and len(tune.candidates(entry)) > 30 for entry in found)
+    few = tune.selected("sm_90", tune.arguments(["--dim", "64", "--bytes", "2", "--mask", "ranges", "--kernel", "forward"]))
+    assert [str(entry) for entry in few] == ["forward d64 2 bytes ranges"]
+
+
+@pytest.mark.parametrize("kernel", tune.TABLES)
+@pytest.mark.parametrize("ranges", [False, True])
+def test_tuning_an_entry(tables, monkeypatch, kernel, ranges):
+    entry = tune.Entry(kernel, ("interpreter", 32, 2, ranges))
+    monkeypatch.setattr(tune, "do_bench", clock(entry, {(32, 32): 4.0, (64, 16): 2.0}))
+    tried = tune.candidates(entry)
+    rows = tune.measure(entry, list(zip(tried, [None, None, None, None, "spills"])), tune.Size(48, 48))
+    assert [row.get("ms") for row in rows] == [4.0, 8.0, 8.0, 2.0, None]
+    assert [row["fault"] for row in rows] == [None, None, None, None, "spills"]
+    assert tune.choice(rows)["launch"] == launch(64, 16)
+    documents = [48 * n // 7 + (48 * n % 7 > 0) for n in range(8)]
+    pairs = sum((b - a) * (b - a + 1) // 2 for a, b in itertools.pairwise(documents if ranges else [0, 48]))
+    assert rows[0]["tflops"] == pytest.approx(tune.PRODUCTS[kernel] * 2 * 4 * 32 * pairs / 4.0 / 1e9)
+
+
+def test_what_fails_while_tuning_is_left_out(tables, monkeypatch):
+    entry = tune.Entry("backward_q", ("interpreter", 32, 4, False))
+    backward_q = tune.attention.backward_q
+
+    def wrong(*arguments):
+        return backward_q(*arguments) * (float("nan") if entry.present == launch(16, 16) else 1)
+
+    monkeypatch.setattr(tune.attention, "backward_q", wrong)
+    monkeypatch.setattr(tune, "do_bench", clock(entry, {(32, 32): 4.0}))
+    rows = tune.measure(entry, [(x, None) for x in tune.candidates(entry)], tune.Size(32, 32))
+    faults = {tuple(row["launch"].blocks.values()): row["fault"] for row in rows}
+    assert faults[32, 32] is None and "differs" in faults[16, 16]
+    assert all("arange" in faults[blocks] or "power of" in faults[blocks] for blocks in ((16, 48), (48, 16), (48, 48)))
+    monkeypatch.setattr(tune, "work", lambda *arguments: 1 / 0)
+    rows = tune.measure(entry, [(x, None) for x in tune.candidates(entry)], tune.Size(32, 32))
+    assert {row["fault"] for row in rows} == {"ZeroDivisionError: division by zero"} and tune.choice(rows) is None
+
+
+def test_noise_replaces_no_entry():
+    rows = [{"launch": launch(n, n), "ms": ms} for n, ms in ((32, 1.01), (16, 1.0), (64, 1.2))]
+    assert tune.choice(rows) is rows[0]
+    assert tune.choice([{**rows[0], "ms": 1.03}, *rows[1:]]) is rows[1]
+    assert tune.choice([{"launch": launch(32, 32), "fault": "spills"}, *rows[1:]]) is rows[1]
+
+
+def test_the_table_can_be_pasted(tables, monkeypatch, tmp_path, capsys):
+    entries = [tune.Entry("forward", ("interpreter", D, 2, ranges)) for D in (32, 64) for ranges in (False, True)]
+    fast = {entry: 3.0 for entry in entries[1:]}
+
+    def measure(entry, faults, size):
+        *ran, last = faults
+        assert last == (launch(64, 64), "spills") and len(ran) == 4
+        times = [fast.get(entry, 5.0) if x == launch(16, 64) else 4.0 for x, _ in ran]
+        return [*({"launch": x, "ms": ms, "tflops": 1} for (x, _), ms in zip(ran, times)), {"launch": last[0], "fault": last[1]}]
+
+    monkeypatch.setattr(tune, "measure", measure)
+    tune.tune(entries, tune.Size(64, 32), tmp_path / "rows.json")
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 4 * 5
+    gains, table = capsys.readouterr().out.split("\n\nFORWARD\n")
+    assert len(gains.splitlines()) == 5 and "1.00 x" in gains.splitlines()[1] and "1.33 x  1 of 5" in gains.splitlines()[2]
+    pasted = dict(tune.attention._entries(table))
+    assert pasted == {entry.key: launch(16, 64) if entry in fast else launch(32, 32) for entry in entries}
+    assert len(table.strip().splitlines()) == 3  # plain and ranges in one where they are the same
