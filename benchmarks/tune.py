@@ -4,10 +4,11 @@
                               [--tokens 16384] [--length 4096] [--json FILE]
 
 It tunes the tables of kernels/bigtrain_kernels/attention.py, all their entries for this architecture unless told otherwise, and no other
-family's. Candidates are compiled first, in parallel processes that need no GPU: what the static gate would refuse (spilled registers, too
-much shared memory, products without tensor cores, and so on) is left out. What is left is timed one after the other, causal or with
-documents of a seventh of the length: median of repeated launches. A candidate whose results differ from those of the present entry is
-left out too, and one that is less than 2 % faster does not replace it.
+family's. Candidates are compiled first, in parallel processes that need no GPU: what the static gate would refuse in any of its cases
+(spilled registers, too much shared memory, products without tensor cores, and so on) is left out. That is thousands of compiles: name some
+entries where there are few cores. What is left is timed one after the other, causal or with documents of a seventh of the length: median of
+repeated launches. A candidate whose results differ from those of the present entry is left out too, and one that is less than 2 % faster
+does not replace it.
 
 Prints what was gained for each entry, then rows to be pasted into the tables; `python -m bigtrain_kernels.static --update` comes after.
 """
@@ -116,15 +117,29 @@ def work(entry: Entry, size: Size, device: str) -> tuple[Callable[[], Any], int]
     return lambda: launch(grad, delta, q, k, v, lse2, mask), flops
 
 
+def cases(entry: Entry) -> Iterator[Case]:
+    """What the static gate compiles for an entry."""
+    arch, D, width, ranges = entry.key
+    begin = f"attention {entry.kernel.replace('_', ' ')} d"
+    for case in attention.cases(arch):
+        if case.name.startswith(begin):
+            dim, dtype, kind = case.name.removeprefix(begin).split()
+            if (D - 16 <= int(dim) <= D, dtype == "fp32", "ranges" in kind) == (True, width == 4, ranges):
+                yield case
+
+
 def refused(entry: Entry, candidate: Launch, size: Size) -> str | None:
-    """Compile a candidate, into Triton's cache. Returns what the static gate, or the compiler, has against it."""
+    """Compile a candidate, first as it will be timed, into Triton's cache. Returns what the compiler or the static gate has against it."""
     try:
         with entered(entry, candidate):
             launch, flops = work(entry, size, "meta")
-            rows = static.rows_of(entry.key[0], Case(str(entry), launch, flops, 1))
+            for case in (Case(str(entry), launch, flops, 1), *cases(entry)):
+                for row in static.rows_of(entry.key[0], case):
+                    if broken := [*static.broken_rules(row), *static.broken_choices(row, {})]:
+                        return f"{case.name}: {'; '.join(broken)}"
     except Exception as error:
         return short(error)
-    return "; ".join(line for row in rows for line in (*static.broken_rules(row), *static.broken_choices(row, {}))) or None
+    return None
 
 
 def short(error: Exception) -> str:

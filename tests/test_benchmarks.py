@@ -24,6 +24,7 @@ from bigtrain.deepspeed_config import derive
 from bigtrain.errors import RunError, UserError
 from bigtrain.hardware import Hardware
 from bigtrain.runfolder import RunFolder
+from bigtrain_kernels import static
 from bigtrain_kernels.launch import Launch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -234,12 +235,25 @@ def launch(M, N, warps=4):
 
 
 def test_tuning_compiles_without_a_gpu():
-    """In processes of its own, for an H100: what the static gate refuses, or the compiler, is left out."""
-    entry = tune.Entry("forward", ("sm_90", 32, 2, False))
-    before = dict(tune.TABLES["forward"])
-    found = tune.all_refused([(entry, x) for x in (entry.present, launch(128, 128), launch(64, 48))], tune.Size(256, 128))
+    """In processes of its own: what the static gate refuses, or the compiler, is left out."""
+    forward, backward = tune.Entry("forward", ("sm_90", 32, 2, False)), tune.Entry("backward_q", ("sm_80", 32, 4, True))
+    before = {name: dict(table) for name, table in tune.TABLES.items()}
+    jobs = [(backward, backward.present), (forward, launch(128, 128)), (forward, launch(64, 48))]
+    found = tune.all_refused(jobs, tune.Size(256, 128))
     assert found[0] is None and "spills" in found[1] and "CompilationError" in found[2]
-    assert before == tune.TABLES["forward"]
+    assert tune.refused(*jobs[2], tune.Size(256, 128)) == found[2] and before == tune.TABLES
+
+
+def test_a_candidate_must_pass_the_gate_in_all_cases_of_its_entry(monkeypatch):
+    everything = [case.name for case in static.family_cases("attention", "sm_90") if "row sums" not in case.name]
+    found = [case.name for entry in tune.selected("sm_90", tune.arguments([])) for case in tune.cases(entry)]
+    assert sorted(found) == sorted(everything) and len(set(found)) == len(found)
+    monkeypatch.setattr(static, "rows_of", lambda arch, case: [case])
+    monkeypatch.setattr(static, "broken_rules", lambda case: ["no good"] * ("full" in case.name))
+    monkeypatch.setattr(static, "broken_choices", lambda case, accepted: [])
+    entries = [tune.Entry("backward_kv", ("sm_90", 64, 2, ranges)) for ranges in (False, True)]
+    faults = [tune.refused(entry, entry.present, tune.Size(256, 128)) for entry in entries]
+    assert faults == ["attention backward kv d64 bf16 full: no good", None]
 
 
 @pytest.mark.parametrize(("cores", "memory", "workers"), [(64, 9.0, 4), (3, 900.0, 3), (64, 900.0, 5), (8, 0.5, 1)])
