@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kernels_static
 
-from bigtrain_kernels import static, static_compile, static_facts
+from bigtrain_kernels import attention, static, static_compile, static_facts
 from bigtrain_kernels.launch import ARCHITECTURES, Case
 from bigtrain_kernels.static_facts import Instruction, Loads, loops, main_loop, resident_warps, sass
 
@@ -390,7 +390,7 @@ def test_an_unknown_architecture():
         pass
 
 
-def test_beside_peers(monkeypatch):
+def test_beside_peers():
     """The benchmark compiles both sides by the same code; a kernel of this file stands for a peer's."""
     x, here = empty(1 << 20), []
     cases = lambda: iter([Case("copied", lambda: copy[1024,](x, x, 1 << 20, 1024), 0, 8 << 20)])  # noqa: E731
@@ -400,12 +400,32 @@ def test_beside_peers(monkeypatch):
         here.append(architecture)
         yield
 
-    monkeypatch.setitem(kernels_static.OURS, "mlp", ("mlp glu forward swiglu bfloat16",))
     peers = [kernels_static.Peer("somebody", "mlp", cases, on), kernels_static.Peer("nobody", "norm", cases, on)]
-    rows = list(kernels_static.compare("sm_90", ["mlp"], peers))
-    assert [whose for whose, _ in rows] == ["bigtrain", "somebody"] and here == ["sm_90"]
+    rows = list(kernels_static.compare("sm_90", {"mlp": ["mlp glu forward swiglu bfloat16"]}, peers))
+    assert [(whose, loops) for whose, _, loops in rows] == [("bigtrain", "-"), ("somebody", "-")] and here == ["sm_90"]
     text = kernels_static.table(rows)
     assert static.LABEL in text and "| somebody | copied | copy | 4 |" in text
+
+
+def test_matrix_loops():
+    a, b, c = empty(64, 4096, dtype=torch.bfloat16), empty(4096, 64, dtype=torch.bfloat16), empty(64, 64)
+
+    def run():
+        for _ in range(2):
+            product[1,](a, b, c, 4096, 64, 64, 64, num_warps=4, num_stages=3)
+
+    for whose, row, found in kernels_static.compiled("somebody", "sm_90", Case("twice", run, flops=1, bytes=1)):
+        assert (whose, found) == ("somebody", f"{row.facts.loop_instructions}/{row.facts.loop_tensor_core}")
+
+
+def test_our_kernels_in_the_tutorials_tiles():
+    found = list(kernels_static.Tutorial.ours(SimpleNamespace(architecture="sm_90")))
+    before = dict(attention.BACKWARD_Q)
+    assert len(found) == 6 and all("fp16 causal" in case.name for case in found)
+    (backward,) = (case for case in found if case.name == "attention backward q d64 fp16 causal, the tutorial's tile")
+    (row,) = static.rows_of("sm_90", backward)
+    assert (row.constants["BLOCK_M"], row.constants["BLOCK_N"], row.warps, row.stages) == (128, 32, 4, 5)
+    assert before == attention.BACKWARD_Q
 
 
 def test_the_representative_launches_hold_their_budgets():
