@@ -279,9 +279,9 @@ def matrix_loops(kernel: Any) -> str:
     def matrix(loop: Sequence[static_facts.Instruction]) -> int:
         return sum(x.name.split(".")[0].endswith("MMA") or x.name.startswith("v_mfma") for x in loop)
 
-    found = static_facts.loops([x for x in code if isinstance(x, str) or x.name != "NOP"])
+    found = [loop for loop in static_facts.loops([x for x in code if isinstance(x, str) or x.name != "NOP"]) if matrix(loop)]
     members = [set(map(id, loop)) for loop in found]
-    inner = [loop for loop, ids in zip(found, members) if matrix(loop) and not any(other < ids for other in members)]
+    inner = [loop for loop, ids in zip(found, members) if not any(other < ids for other in members)]
     return ", ".join(f"{len(loop)}/{matrix(loop)}" for loop in inner) or "-"
 
 

@@ -407,15 +407,17 @@ def test_beside_peers():
     assert static.LABEL in text and "| somebody | copied | copy | 4 |" in text
 
 
-def test_matrix_loops():
+def test_matrix_loops(monkeypatch):
     a, b, c = empty(64, 4096, dtype=torch.bfloat16), empty(4096, 64, dtype=torch.bfloat16), empty(64, 64)
+    case = Case("product", lambda: product[1,](a, b, c, 4096, 64, 64, 64, num_warps=4, num_stages=3), flops=1, bytes=1)
+    ((_, row, found),) = kernels_static.compiled("somebody", "sm_90", case)
+    assert found == f"{row.facts.loop_instructions}/{row.facts.loop_tensor_core}"
 
-    def run():
-        for _ in range(2):
-            product[1,](a, b, c, 4096, 64, 64, 64, num_warps=4, num_stages=3)
-
-    for whose, row, found in kernels_static.compiled("somebody", "sm_90", Case("twice", run, flops=1, bytes=1)):
-        assert (whose, found) == ("somebody", f"{row.facts.loop_instructions}/{row.facts.loop_tensor_core}")
+    plain, product_, back = Instruction("FADD", ""), Instruction("HMMA.16816", ""), lambda label: Instruction("BRA", label, label)
+    waits = ["b", plain, back("b")]  # a loop without products in one with: the wait for a copy
+    code = ["a", product_, *waits, back("a"), "c", product_, product_, back("c"), "d", plain, back("d"), Instruction("NOP", "")]
+    monkeypatch.setattr(static_facts, "sass", lambda cubin: [x if isinstance(x, str) else Instruction(*x) for x in code])
+    assert kernels_static.matrix_loops(SimpleNamespace(asm={"cubin": b""})) == "4/1, 3/2"
 
 
 def test_our_kernels_in_the_tutorials_tiles():
