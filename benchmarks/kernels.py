@@ -9,8 +9,8 @@ and at the sizes that are measured: a variant that is wrong is not timed, one th
 Forward, and backward alone: medians of the GPU's time. Every repetition works on fresh copies of the inputs, since some kernels write
 their results there, and begins after 2 GiB of zeros, which leave nothing in the L2 cache and give the launches time to queue. TFLOP/s
 count the products that the mathematics has, under a mask those of what is visible, and none that is computed again; GB/s count each
-input read once and each output written once. The fused losses make their gradients in the forward pass, so only both passes together have a rate.
-Ends with 1 where a variant of bigtrain's is wrong or fails.
+input read once and each output written once. The fused losses make their gradients in the forward pass, so only both passes together
+have a rate. Ends with 1 where a variant of bigtrain's is wrong or fails.
 """
 
 from __future__ import annotations
