@@ -1,218 +1,184 @@
 """How fast are bigtrain's Triton kernels on this GPU, beside what users would call instead?
 
-    python benchmarks/kernels.py [--only attention norm rope mlp loss] [--json FILE]
+    python benchmarks/kernels.py [--only attention norm rope mlp gated loss] [--json FILE]
 
-Each family against plain torch, torch.compile of that, and Liger's kernels where liger-kernel is installed; attention against the
-backends of torch's scaled_dot_product_attention. Results are compared with float64 first: a variant that is wrong is not
-timed. Forward, and backward alone; median of repeated launches with the L2 cache flushed between them. TFLOP/s count causal attention's
-half once; GB/s count each input read once and each output written once.
+Each family against plain torch, torch.compile of that, and Liger's and fla's kernels where those are installed; attention against
+the backends of torch's scaled_dot_product_attention and flex_attention. Outputs and gradients are compared with float64 first, whole
+and at the sizes that are measured: a variant that is wrong is not timed, one that fails is a row that says why.
+
+Forward, and backward alone: medians of the GPU's time. Every repetition works on fresh copies of the inputs, since some kernels write
+their results there, and begins after 2 GiB of zeros, which leave nothing in the L2 cache and give the launches time to queue. TFLOP/s
+count the products that the mathematics has, under a mask those of what is visible, and none that is computed again; GB/s count each
+input read once and each output written once. The fused losses make their gradients in the forward pass, so only both passes together
+have a rate. Ends with 1 where a variant of bigtrain's is wrong or fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import kernelwork
 import torch
-import torch.nn.functional as F
+import triton
+from kernelwork import Part, Work
 from torch import Tensor
-
-from bigtrain_kernels import ops, reference
 
 TOLERANCE = 0.02
 """Error norm over the norm of the float64 result, at most: bf16 stays well below."""
-
-
-class Work(NamedTuple):
-    """One operator at one size."""
-
-    name: str
-    inputs: list[Tensor]
-    """Those that are given a gradient; bf16."""
-    exact: Callable[..., object]
-    """The mathematics, in the dtype of its inputs."""
-    variants: dict[str, Callable[..., object]]
-    flops: int
-    """Of the forward pass; 0 where bytes are what counts."""
-    bytes: int
-    """Of the forward pass."""
-    backward: float
-    """Work of the backward pass over that of the forward; 0 where the forward pass makes the gradients."""
-    small: tuple[slice, ...] | None = None
-    """What of the inputs is compared with float64 where the whole would not fit."""
-
-
-def attention(D: int, H: int, T: int) -> Work:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
-        def attend(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
-
-        return attend
-
-    def mathematics(q, k, v):
-        return reference.attention(q, k, v, causal=True)
-
-    variants = {
-        "bigtrain": lambda q, k, v: ops.attention(q, k, v, causal=True, backend="triton"),
-        "torch flash": sdpa(SDPBackend.FLASH_ATTENTION),
-        "torch cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-    }
-    B = 16384 // T
-    inputs = [randn(B, T, H, D) for _ in range(3)]
-    small = slice(1), slice(512), slice(2)
-    return Work(f"attention d{D} {T}", inputs, mathematics, variants, 4 * B * H * T * T * D // 2, 8 * inputs[0].numel(), 2.5, small)
-
-
-def norm(E: int) -> Work:
-    def plain(x, weight):
-        return F.rms_norm(x, weight.shape, weight, 1e-5)
-
-    x, weight = randn(16384, E), randn(E)
-    variants = {"bigtrain": lambda x, w: ops.rms_norm(x, w, 1e-5, backend="triton"), "torch": plain, "torch.compile": torch.compile(plain)}
-    if liger := liger_function("rms_norm", "LigerRMSNormFunction"):
-        variants["liger"] = lambda x, w: liger(x, w, 1e-5)
-    return Work(f"RMSNorm {E}", [x, weight], lambda x, w: reference.rms_norm(x, w, 1e-5), variants, 0, 4 * x.numel(), 1.5)
-
-
-def rope(H: int, G: int, D: int) -> Work:
-    def plain(q, k):
-        return reference.rope(q, cos, sin), reference.rope(k, cos, sin)
-
-    q, k = randn(4, 4096, H, D), randn(4, 4096, G, D)
-    cos, sin = (angle.cuda() for angle in ops.rope_angles(torch.arange(4096)[None], D, 1e4))
-    variants = {"bigtrain": lambda q, k: ops.rope(q, k, cos, sin, backend="triton"), "torch": plain, "torch.compile": torch.compile(plain)}
-    return Work(f"RoPE {H} + {G} heads", [q, k], plain, variants, 0, 4 * (q.numel() + k.numel()), 1.0)
-
-
-def mlp(width: int) -> Work:
-    def plain(gate, up):
-        return F.silu(gate) * up
-
-    inputs = [randn(8192, width), randn(8192, width)]
-    variants = {"bigtrain": lambda g, u: ops.glu(g, u, "swiglu", backend="triton"), "torch": plain, "torch.compile": torch.compile(plain)}
-    if liger := liger_function("swiglu", "LigerSiLUMulFunction"):
-        variants["liger"] = liger
-    return Work(f"SwiGLU {width}", inputs, lambda g, u: reference.glu(g, u, "swiglu"), variants, 0, 6 * inputs[0].numel(), 5 / 3)
-
-
-def loss(N: int, E: int, V: int) -> Work:
-    def plain(hidden, weight):
-        return F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="sum")
-
-    target = torch.randint(V, (N,), device="cuda")
-    variants = {
-        "bigtrain": lambda h, w: ops.linear_cross_entropy(h, w, target, backend="triton")[0],
-        "bigtrain's torch": lambda h, w: ops.linear_cross_entropy(h, w, target)[0],
-        "torch": plain,
-    }
-    if liger := liger_function("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"):
-        variants["liger"] = lambda h, w: liger(h, w, target, None, None, -100, 0.0, 0.0, "sum")
-    return Work(f"loss {V}", [randn(N, E), randn(V, E) / E**0.5], plain, variants, 6 * N * E * V, 2 * (N + V) * E, 0.0)
-
-
-FAMILIES: dict[str, tuple[Callable[..., Work], list[tuple[int, ...]]]] = {
-    "attention": (attention, [(D, H, T) for D, H in ((64, 32), (128, 16)) for T in (2048, 4096, 8192, 16384)]),
-    "norm": (norm, [(1024,), (4096,), (8192,)]),
-    "rope": (rope, [(32, 8, 128)]),
-    "mlp": (mlp, [(11008,), (14336,)]),
-    "loss": (loss, [(8192, 4096, 32000), (8192, 4096, 128256)]),
-}
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-
-def liger_function(module: str, name: str) -> Callable[..., object] | None:
-    """The `apply` of one of Liger's autograd functions, None where liger-kernel is not installed."""
-    try:
-        return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name).apply
-    except ImportError:
-        return None
+FLUSH = 2 << 30
+"""Bytes written between repetitions."""
+REPETITIONS, SECONDS = (10, 100), 0.3
+"""Of one measurement: at least and at most, and until when beyond the least."""
 
 
 def several(x: object) -> list[Tensor]:
     return [t for t in (x if isinstance(x, (tuple, list)) else (x,)) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def passes(function: Callable[..., object], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
+def fresh(xs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies; those that are floating point ask for a gradient."""
+    return [x.detach().clone().requires_grad_(x.is_floating_point()) for x in xs]
+
+
+def gradients(outs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(outs, several(leaves), grads))
+
+
+def truth(work: Work) -> list[Tensor]:
+    """Outputs and gradients in float64."""
+    outs = [torch.zeros_like(x, dtype=torch.float64) for x in work.grads]
+    grads = [torch.zeros_like(x, dtype=torch.float64) for x in several(work.inputs)]
+    everything = Part(((),) * len(work.inputs), ((),) * len(outs))
+    for part in work.parts or [everything]:
+        pieces = [x[index] for x, index in zip(work.inputs, part.inputs, strict=True)]
+        leaves = fresh([x.double() if x.is_floating_point() else x for x in pieces])
+        found = several(work.exact(*leaves))
+        above = [grad[index].double() for grad, index in zip(work.grads, part.outputs, strict=True)]
+        for total, index, piece in zip(outs, part.outputs, found, strict=True):
+            total[index] += piece.detach()
+        floating = [index for x, index in zip(work.inputs, part.inputs) if x.is_floating_point()]
+        for total, index, piece in zip(grads, floating, gradients(found, leaves, above), strict=True):
+            total[index] += piece
+    return outs + grads
+
+
+def largest_error(work: Work, function: Callable[..., object], exact: Sequence[Tensor]) -> float:
+    """Of a variant's outputs and gradients: error norm over the norm of what is right; nan counts as the largest."""
+    leaves = fresh(work.inputs)
     outs = several(function(*leaves))
-    return outs, list(torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs]))
+    kept = [x.detach().clone() for x in outs]
+    found = kept + gradients(outs, leaves, [grad.to(x.dtype, copy=True) for grad, x in zip(work.grads, outs, strict=True)])
+    errors = [float((ours.detach().double() - true).norm() / true.norm()) for ours, true in zip(found, exact, strict=True)]
+    return next((error for error in errors if error != error), max(errors))
 
 
-def wrong(work: Work, function: Callable[..., object]) -> str | None:
-    """What is wrong with a variant's results, None where they are right."""
-    inputs = [x[work.small[: x.ndim]] if work.small else x for x in work.inputs]
-    if work.name.startswith("loss"):
-        exact = passes(work.exact, [x.float() for x in inputs])  # float64 logits would not fit
-    else:
-        exact = passes(work.exact, [x.double() for x in inputs])
-    try:
-        found = passes(function, inputs)
-    except Exception as error:  # a backend that does not take this shape, say
-        return f"{type(error).__name__}: {error}".splitlines()[0][:60]
-    for ours, true in zip(found[0] + found[1], exact[0] + exact[1], strict=True):
-        error = float((ours.to(true.dtype) - true).norm() / true.norm())
-        if not error < TOLERANCE:
-            return f"wrong: error {error:.2g}"
-    return None
+def milliseconds(prepare: Callable[[], Any], run: Callable[[Any], object]) -> float:
+    """The GPU's time of `run` on what `prepare` made, the median of repetitions. The first, which may compile, does not count."""
+    run(prepare())
+    zeros = torch.empty(FLUSH, dtype=torch.int8, device=kernelwork.DEVICE)
+    spans: list[float] = []
+    begun, (least, most) = time.monotonic(), REPETITIONS
+    while len(spans) < least or (len(spans) < most and time.monotonic() - begun < SECONDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        ready = prepare()
+        zeros.zero_()
+        start.record()
+        kept = run(ready)  # freed after the end is recorded
+        end.record()
+        torch.cuda.synchronize()
+        del kept, ready
+        spans.append(start.elapsed_time(end))
+    return statistics.median(spans)
 
 
 def times(work: Work, function: Callable[..., object]) -> tuple[float, float]:
-    """Milliseconds of the forward and of the backward pass, medians."""
-    from triton.testing import do_bench
+    """Milliseconds of the forward and of the backward pass."""
 
-    leaves = [x.detach().requires_grad_() for x in work.inputs]
-    forward = do_bench(lambda: function(*leaves), return_mode="median")
-    if not work.backward:  # its backward runs once a forward
-        return forward, max(do_bench(lambda: passes(function, leaves), return_mode="median") - forward, 1e-6)
-    outs = several(function(*leaves))
-    grads = [torch.randn_like(x) for x in outs]
-    return forward, do_bench(lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True), return_mode="median")
+    def after_forward() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        leaves = fresh(work.inputs)
+        outs = several(function(*leaves))
+        return outs, leaves, [grad.to(x.dtype, copy=True) for grad, x in zip(work.grads, outs, strict=True)]
+
+    forward = milliseconds(lambda: fresh(work.inputs), lambda leaves: function(*leaves))
+    return forward, milliseconds(after_forward, lambda ready: gradients(*ready))
 
 
-def main() -> None:
+def measure(work: Work, name: str, exact: Sequence[Tensor]) -> dict[str, Any]:
+    """A row: the error, then times and rates, or under `fault` why there are none."""
+    row: dict[str, Any] = {"work": work.name, "variant": name, "unit": work.unit}
+    try:
+        error = largest_error(work, work.variants[name], exact)
+        if not error < TOLERANCE:
+            return row | {"fault": f"wrong: error {error:.2g}, at most {TOLERANCE} expected"}
+        forward, backward = times(work, work.variants[name])
+    except Exception as error:  # a backend that does not take this shape, say, or too little memory
+        return row | {"fault": f"{type(error).__name__}: {error}"}
+    scale = 1e9 if work.unit == kernelwork.ARITHMETIC else 1e6
+    rates = {"both": (work.forward + work.backward) / scale / (forward + backward)}
+    if name not in work.early:
+        rates |= {"forward": work.forward / scale / forward, "backward": work.backward / scale / backward}
+    return row | {"error": error, "forward_ms": forward, "backward_ms": backward, "rates": rates}
+
+
+def measure_all(families: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for family in families:
+        for make in kernelwork.FAMILIES[family]:
+            torch._dynamo.reset()  # else the second size would be compiled for any
+            work = make()
+            try:
+                exact = truth(work)
+            except Exception as error:
+                yield {"work": work.name, "variant": "float64", "unit": work.unit, "fault": f"{type(error).__name__}: {error}"}
+                continue
+            for name in work.variants:
+                yield measure(work, name, exact)
+                torch.cuda.empty_cache()
+            del work, exact
+
+
+HEADING = f"{'':40s}{'variant':30s}{'error':>9s}{'forward ms':>12s}{'backward ms':>12s}{'forward':>10s}{'backward':>10s}{'both':>10s}"
+
+
+def line(row: dict[str, Any]) -> str:
+    begin = f"{row['work']:40s}{row['variant']:30s}"
+    if "fault" in row:
+        return f"{begin}{'-':>9s}  {row['fault'].splitlines()[0][:100]}"
+    rates = "".join(f"{row['rates'][name]:10,.0f}" if name in row["rates"] else f"{'-':>10s}" for name in ("forward", "backward", "both"))
+    return f"{begin}{row['error']:9.1e}{row['forward_ms']:12.3f}{row['backward_ms']:12.3f}{rates} {row['unit']}"
+
+
+def report(families: Sequence[str], file: Path | None) -> list[dict[str, Any]]:
+    """Print a line for each measurement; `file` gets all that there are, also when it is interrupted."""
+    print(f"Error: against float64, whole and at the measured size. Rates: {kernelwork.ARITHMETIC} or {kernelwork.MEMORY}.\n{HEADING}")
+    rows = []
+    try:
+        for row in measure_all(families):
+            rows.append(row)
+            print(line(row), flush=True)
+    finally:
+        if file:
+            file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--only", nargs="+", choices=kernelwork.FAMILIES, default=list(kernelwork.FAMILIES))
     parser.add_argument("--json", type=Path, help="write every measurement here")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("kernels.py measures on a GPU, and there is none; what can be said without one: python -m bigtrain_kernels.static")
-    import triton
-
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: measured")
-    print(f"{'':24s}{'variant':24s}{'forward ms':>11s}{'backward ms':>12s}{'forward':>16s}{'backward':>16s}")
-    rows = []
-    for family in options.only:
-        make, sizes = FAMILIES[family]
-        for work in (make(*size) for size in sizes):
-            for name, function in work.variants.items():
-                fault = wrong(work, function)
-                if fault:
-                    print(f"{work.name:24s}{name:24s}{fault}")
-                    continue
-                forward, backward = times(work, function)
-                amount, unit = (work.flops / 1e9, "TFLOP/s") if work.flops else (work.bytes / 1e6, "GB/s")
-                # Where the forward pass makes the gradients, as the losses do, its work is that of both.
-                rates = amount / forward, work.backward * amount / backward
-                print(
-                    f"{work.name:24s}{name:24s}{forward:11.3f}{backward:12.3f}{rates[0]:9,.0f} {unit:7s}{rates[1]:9,.0f} {unit:7s}",
-                    flush=True,
-                )
-                rows.append({"work": work.name, "variant": name, "forward_ms": forward, "backward_ms": backward})
-            torch.cuda.empty_cache()
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    rows = report(options.only, options.json)
+    return 1 if any("fault" in row and row["variant"].startswith(("bigtrain", "float64")) for row in rows) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,8 @@ Needs no GPU: both sides go through their own host functions and are compiled in
 with the launch options that their projects choose for that GPU; `bigtrain_kernels.static` says what the columns mean. A peer that is
 not installed is left out. Triton's tutorial of fused attention comes in no package: `--tutorial` takes its file from Triton's
 repository, compiled with blocks of 128 x 64 and four warps, the first configuration with those of the ones that it tunes over, and
-in our tiles: instructions for each tensor-core instruction compare kernels of one tile, those per MFLOP compare any.
+in our tiles; it is fp16, so ours are compiled in fp16 too, and once more in its tiles. Instructions for each tensor-core instruction
+compare kernels of one tile, those per MFLOP compare any; the last column has every innermost loop with matrix instructions.
 
 Statically verified, not benchmarked: fewer instructions, registers and spills are reasons for speed, not speed.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -30,7 +32,7 @@ import triton
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from bigtrain_kernels import attention, static
+from bigtrain_kernels import attention, static, static_facts
 from bigtrain_kernels.launch import ARCHITECTURES, Case, Launch
 from bigtrain_kernels.static_compile import AbsentGpu
 from bigtrain_kernels.static_facts import PROCESSORS
@@ -44,6 +46,14 @@ OURS = {
     "cross_entropy": ("cross_entropy bfloat16",),
 }
 """Words of our cases for each group of rows."""
+OURS_TUTORIAL = ("attention d64 fp16 causal", "attention d128 fp16 causal")
+"""The same beside the tutorial, whose kernels are fp16."""
+TILES_TUTORIAL = (
+    (attention.FORWARD, Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 2)),
+    (attention.BACKWARD_KV, Launch({"BLOCK_M": 32, "BLOCK_N": 128}, 4, 5)),
+    (attention.BACKWARD_Q, Launch({"BLOCK_M": 128, "BLOCK_N": 32}, 4, 5)),
+)
+"""Its launches, as entries of our tables."""
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -174,6 +184,22 @@ class Tutorial:
                 spec.loader.exec_module(self.module)
             yield
 
+    def ours(self) -> Iterator[Case]:
+        """Our kernels in its tiles."""
+
+        def in_its_tiles(case: Case, D: int) -> None:
+            with contextlib.ExitStack() as stack:
+                for table, tile in TILES_TUTORIAL:
+                    stack.enter_context(mock.patch.dict(table, {(self.architecture, D, 2, False): tile}))
+                case.run()
+
+        for D, words in zip((64, 128), OURS_TUTORIAL):
+            for job in static.jobs([self.architecture], [words]):
+                case = static.family_cases(job.family, job.architecture)[job.index]
+                if "row sums" not in case.name:
+                    name = f"{case.name}, the tutorial's tile"
+                    yield case._replace(name=name, run=functools.partial(in_its_tiles, case, D))
+
     def tiles(self, D: int) -> Iterator[tuple[str, Launch | None, dict[str, int]]]:
         """Names, with what launches the forward pass (None: its own) and which options of the backward kernel to replace."""
         tables = attention.FORWARD, attention.BACKWARD_KV, attention.BACKWARD_Q
@@ -219,36 +245,63 @@ def launched_with(forward: Launch | None, backward: dict[str, int]) -> Iterator[
         yield
 
 
-def compare(architecture: str, groups: Sequence[str], peers: Sequence[Peer]) -> Iterator[tuple[str, static.Row]]:
-    """(whose, row): ours, then the peers', group by group."""
-    for group in groups:
-        for job in static.jobs([architecture], OURS[group]):
-            print(f"{architecture} {job.name}", file=sys.stderr)
-            yield from (("bigtrain", row) for row in static.measure(job))
+def compare(architecture: str, groups: dict[str, Sequence[str]], peers: Sequence[Peer]) -> Iterator[tuple[str, static.Row, str]]:
+    """(whose, row, its loops): ours by the words of each group, then the peers'."""
+    for group, words in groups.items():
+        for job in static.jobs([architecture], words):
+            yield from compiled("bigtrain", architecture, static.family_cases(job.family, architecture)[job.index])
         for peer in peers:
             if peer.group == group:
                 with peer.on(architecture):
                     for case in peer.cases():
-                        print(f"{architecture} {peer.package} {case.name}", file=sys.stderr)
-                        yield from ((peer.package, row) for row in static.rows_of(architecture, case))
+                        yield from compiled(peer.package, architecture, case)
+
+
+def compiled(whose: str, architecture: str, case: Case) -> Iterator[tuple[str, static.Row, str]]:
+    print(f"{architecture} {whose} {case.name}", file=sys.stderr)
+    kernels: list[Any] = []
+
+    def facts_of(kernel: Any, architecture: str) -> static_facts.Facts:
+        kernels.append(kernel)
+        return static_facts.facts(kernel, architecture)
+
+    with mock.patch.object(static, "facts", facts_of):
+        rows = static.rows_of(architecture, case)
+    for row, kernel in zip(rows, kernels, strict=True):
+        yield whose, row, matrix_loops(kernel)
+
+
+def matrix_loops(kernel: Any) -> str:
+    """The innermost loops with matrix instructions, in the order of the code: instructions / matrix instructions."""
+    nvidia = "cubin" in kernel.asm
+    code = static_facts.sass(kernel.asm["cubin"]) if nvidia else static_facts.amdgcn(kernel.asm["amdgcn"])
+
+    def matrix(loop: Sequence[static_facts.Instruction]) -> int:
+        return sum(x.name.split(".")[0].endswith("MMA") or x.name.startswith("v_mfma") for x in loop)
+
+    found = [loop for loop in static_facts.loops([x for x in code if isinstance(x, str) or x.name != "NOP"]) if matrix(loop)]
+    members = [set(map(id, loop)) for loop in found]
+    inner = [loop for loop, ids in zip(found, members) if not any(other < ids for other in members)]
+    return ", ".join(f"{len(loop)}/{matrix(loop)}" for loop in inner) or "-"
 
 
 COLUMNS = (
     "", "case", "kernel", "warps", "stages", "regs", "spilled B", "shared KiB", "resident warps", "matrix instr.", "instr.", "in loop",
     "per matrix", "per MFLOP", "wide", "async", "narrow", "f64", "atomics",
+    "matrix loops",
 )  # fmt: skip
 
 
-def table(rows: Sequence[tuple[str, static.Row]]) -> str:
+def table(rows: Sequence[tuple[str, static.Row, str]]) -> str:
     """One part for each architecture, in Markdown."""
     lines = []
-    for architecture in dict.fromkeys(row.architecture for _, row in rows):
+    for architecture in dict.fromkeys(row.architecture for _, row, _ in rows):
         lines += [f"{architecture} ({PROCESSORS[architecture].gpu}), triton {triton.__version__}: {static.LABEL}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        for whose, row in rows:
+        for whose, row, loops in rows:
             if row.architecture == architecture:
                 found = dict(zip(static.COLUMNS, static.cells(row)))
-                lines.append("| " + " | ".join([whose, *(found[name] for name in COLUMNS[1:])]) + " |")
+                lines.append("| " + " | ".join([whose, *(found[name] for name in COLUMNS[1:-1]), loops]) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -262,10 +315,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     peers = [peer for peer in PEERS if importlib.util.find_spec(peer.package)]
     for missing in sorted({peer.package for peer in PEERS} - {peer.package for peer in peers}):
         print(f"{missing} is not installed: left out", file=sys.stderr)
-    if options.tutorial:
+    groups = {name: OURS[name] for name in options.only}
+    if options.tutorial and "attention" in groups:
         tutorial = Tutorial(options.tutorial)
-        peers.append(Peer("tutorial", "attention", tutorial.cases, tutorial.on))
-    print(table([row for architecture in options.arch for row in compare(architecture, options.only, peers)]))
+        groups["attention"] += OURS_TUTORIAL
+        peers += [Peer("bigtrain", "attention", tutorial.ours, tutorial.on), Peer("tutorial", "attention", tutorial.cases, tutorial.on)]
+    print(table([row for architecture in options.arch for row in compare(architecture, groups, peers)]))
 
 
 if __name__ == "__main__":

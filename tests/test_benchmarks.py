@@ -1,5 +1,6 @@
 """The benchmarks, short of their measurements: options, processes, ratios, goals, tables and JSON; what they say without a GPU."""
 
+import dataclasses
 import io
 import json
 import math
@@ -8,6 +9,8 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,8 @@ from bigtrain.deepspeed_config import derive
 from bigtrain.errors import RunError, UserError
 from bigtrain.hardware import Hardware
 from bigtrain.runfolder import RunFolder
+from bigtrain_kernels import static
+from bigtrain_kernels.launch import Launch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -28,6 +33,7 @@ import comparison
 import peers
 import processes
 import throughput
+import tune
 from comparison import Goal, Measurement
 
 BENCHMARKS = Path(throughput.__file__).parent
@@ -222,6 +228,52 @@ def test_a_loop_takes_its_steps(tmp_path):
 def test_what_needs_a_gpu_says_so(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script], cwd=BENCHMARKS.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "there is none" in done.stderr and "bigtrain_kernels.static" in done.stderr
+
+
+def launch(M, N, warps=4):
+    return Launch({"BLOCK_M": M, "BLOCK_N": N}, warps, 1)
+
+
+def test_tuning_compiles_without_a_gpu():
+    """In processes of its own: what the static gate refuses, or the compiler, is left out."""
+    forward, backward = tune.Entry("forward", ("sm_90", 32, 2, False)), tune.Entry("backward_q", ("sm_80", 32, 4, True))
+    before = {name: dict(table) for name, table in tune.TABLES.items()}
+    jobs = [(backward, backward.present), (forward, launch(128, 128)), (forward, launch(64, 48))]
+    found = tune.all_refused(jobs, tune.Size(256, 128))
+    assert found[0] is None and "spills" in found[1] and "CompilationError" in found[2]
+    assert tune.refused(*jobs[2], tune.Size(256, 128)) == found[2] and before == tune.TABLES
+
+
+def test_a_candidate_must_pass_the_gate_in_all_cases_of_its_entry(monkeypatch):
+    everything = [case.name for case in static.family_cases("attention", "sm_90") if "row sums" not in case.name]
+    found = [case.name for entry in tune.selected("sm_90", tune.arguments([])) for case in tune.cases(entry)]
+    assert sorted(found) == sorted(everything) and len(set(found)) == len(found)
+    monkeypatch.setattr(static, "rows_of", lambda arch, case: [case])
+    monkeypatch.setattr(static, "broken_rules", lambda case: ["no good"] * ("full" in case.name))
+    monkeypatch.setattr(static, "broken_choices", lambda case, accepted: [])
+    entries = [tune.Entry("backward_kv", ("sm_90", 64, 2, ranges)) for ranges in (False, True)]
+    faults = [tune.refused(entry, entry.present, tune.Size(256, 128)) for entry in entries]
+    assert faults == ["attention backward kv d64 bf16 full: no good", None]
+
+
+@pytest.mark.parametrize(("cores", "memory", "workers"), [(64, 9.0, 4), (3, 900.0, 3), (64, 900.0, 5), (8, 0.5, 1)])
+def test_as_many_compile_as_cores_and_memory_allow(monkeypatch, cores, memory, workers):
+    started = []
+
+    def pool(number, context):
+        started.append(number)
+        return ThreadPoolExecutor(1)
+
+    def refused(entry, candidate, size):
+        if candidate == launch(32, 32):
+            raise BrokenProcessPool("killed")
+        return None
+
+    monkeypatch.setattr(tune, "look", lambda: dataclasses.replace(CPU, cores=cores, memory_gib=memory))
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(tune, "refused", refused)
+    found = tune.all_refused([(None, launch(n, n)) for n in (16, 32, 64, 128, 256)], tune.Size(256, 128))
+    assert started == [workers] and found == [None, "BrokenProcessPool: killed", None, None, None]
 
 
 def test_activations_of_a_layer():

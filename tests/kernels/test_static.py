@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kernels_static
 
-from bigtrain_kernels import static, static_compile, static_facts
+from bigtrain_kernels import attention, static, static_compile, static_facts
 from bigtrain_kernels.launch import ARCHITECTURES, Case
 from bigtrain_kernels.static_facts import Instruction, Loads, loops, main_loop, resident_warps, sass
 
@@ -390,7 +390,7 @@ def test_an_unknown_architecture():
         pass
 
 
-def test_beside_peers(monkeypatch):
+def test_beside_peers():
     """The benchmark compiles both sides by the same code; a kernel of this file stands for a peer's."""
     x, here = empty(1 << 20), []
     cases = lambda: iter([Case("copied", lambda: copy[1024,](x, x, 1 << 20, 1024), 0, 8 << 20)])  # noqa: E731
@@ -400,12 +400,34 @@ def test_beside_peers(monkeypatch):
         here.append(architecture)
         yield
 
-    monkeypatch.setitem(kernels_static.OURS, "mlp", ("mlp glu forward swiglu bfloat16",))
     peers = [kernels_static.Peer("somebody", "mlp", cases, on), kernels_static.Peer("nobody", "norm", cases, on)]
-    rows = list(kernels_static.compare("sm_90", ["mlp"], peers))
-    assert [whose for whose, _ in rows] == ["bigtrain", "somebody"] and here == ["sm_90"]
+    rows = list(kernels_static.compare("sm_90", {"mlp": ["mlp glu forward swiglu bfloat16"]}, peers))
+    assert [(whose, loops) for whose, _, loops in rows] == [("bigtrain", "-"), ("somebody", "-")] and here == ["sm_90"]
     text = kernels_static.table(rows)
     assert static.LABEL in text and "| somebody | copied | copy | 4 |" in text
+
+
+def test_matrix_loops(monkeypatch):
+    a, b, c = empty(64, 4096, dtype=torch.bfloat16), empty(4096, 64, dtype=torch.bfloat16), empty(64, 64)
+    case = Case("product", lambda: product[1,](a, b, c, 4096, 64, 64, 64, num_warps=4, num_stages=3), flops=1, bytes=1)
+    ((_, row, found),) = kernels_static.compiled("somebody", "sm_90", case)
+    assert found == f"{row.facts.loop_instructions}/{row.facts.loop_tensor_core}"
+
+    plain, product_, back = Instruction("FADD", ""), Instruction("HMMA.16816", ""), lambda label: Instruction("BRA", label, label)
+    waits = ["b", plain, back("b")]  # a loop without products in one with: the wait for a copy
+    code = ["a", product_, *waits, back("a"), "c", product_, product_, back("c"), "d", plain, back("d"), Instruction("NOP", "")]
+    monkeypatch.setattr(static_facts, "sass", lambda cubin: [x if isinstance(x, str) else Instruction(*x) for x in code])
+    assert kernels_static.matrix_loops(SimpleNamespace(asm={"cubin": b""})) == "4/1, 3/2"
+
+
+def test_our_kernels_in_the_tutorials_tiles():
+    found = list(kernels_static.Tutorial.ours(SimpleNamespace(architecture="sm_90")))
+    before = dict(attention.BACKWARD_Q)
+    assert len(found) == 6 and all("fp16 causal" in case.name for case in found)
+    (backward,) = (case for case in found if case.name == "attention backward q d64 fp16 causal, the tutorial's tile")
+    (row,) = static.rows_of("sm_90", backward)
+    assert (row.constants["BLOCK_M"], row.constants["BLOCK_N"], row.warps, row.stages) == (128, 32, 4, 5)
+    assert before == attention.BACKWARD_Q
 
 
 def test_the_representative_launches_hold_their_budgets():
