@@ -182,9 +182,11 @@ def forward(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Mask, sink_H: 
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     launch = FORWARD[_key(q, mask)]
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
+    by_tma = _described(k, N), _described(v, N)
+    keys = by_tma if all(isinstance(x, TensorDescriptor) for x in by_tma) else (k, v)
     if out.numel():
         kernels.forward[triton.cdiv(T, M), H, B](
-            _stays(q, M), k, v, out, lse, *_query_ranges(mask, lse), lse if sink_H is None else sink_H,
+            _described(q, M), *keys, out, lse, *_query_ranges(mask, lse), lse if sink_H is None else sink_H,
             *_strides(q, k, v, out), _range_stride(mask), T, S, H, H // k.shape[2], *_rates(mask),
             **_flags(q, mask, S % N), SINKS=sink_H is not None, **launch.arguments(),
         )  # fmt: skip
@@ -216,7 +218,7 @@ def backward_q(
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dq.numel():
         kernels.backward_q[triton.cdiv(T, M), H, B](
-            _stays(q, M), k, v, _stays(grad, M), lse2_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT),
+            _described(q, M), k, v, _described(grad, M), lse2_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT),
             *_strides(q, k, v, grad, dq), _range_stride(mask), T, S, H, H // k.shape[2], mask.scale, *_rates(mask),
             **_flags(q, mask, S % N), **launch.arguments(),
         )  # fmt: skip
@@ -234,7 +236,7 @@ def backward_kv(
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dk.numel():
         kernels.backward_kv[triton.cdiv(S, N), G, B](
-            q, _stays(k, N), _stays(v, N), grad, lse2_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT),
+            q, _described(k, N), _described(v, N), grad, lse2_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT),
             *_strides(q, k, v, grad, dk, dv), _range_stride(mask, keys=True), T, S, H, H // G, mask.scale, *_rates(mask),
             **_flags(q, mask, T % M), **launch.arguments(),
         )  # fmt: skip
@@ -246,8 +248,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _stays(x_BTHD: Tensor, rows: int) -> Tensor | TensorDescriptor:
-    """`x_BTHD` for a kernel that keeps a tile of so many rows: a descriptor where TMA pays and can read it, otherwise itself.
+def _described(x_BTHD: Tensor, rows: int) -> Tensor | TensorDescriptor:
+    """`x_BTHD` for a kernel that loads tiles of so many rows: a descriptor where TMA pays and can read it, otherwise itself.
 
     It pays where a row is two of its boxes of 128 bytes (attention_kernels says why); at 256 wide the kernels of 32 rows spill.
     It reads what begins, and whose strides are, at multiples of 16 bytes.

@@ -11,6 +11,7 @@ accumulators, for which NVIDIA's assembler lets no HGMMA of the kernel overlap t
 
 The tile that stays with a program may come by a descriptor (TMA): a copy in two boxes asks for the number of the warp at the start of
 the kernel, and the loops share it. Without, each works out the addresses of its products' left operand again, every time around.
+So may keys and values in the forward pass: a thread has no addresses for them then. In the backward pass that costs more than it saves.
 
 B batch, T query length, S key length, H query heads, G key and value heads, D head dim; M queries and N keys of a block.
 """
@@ -45,6 +46,15 @@ def _stay(X, b, h, row, stride_b, stride, stride_h, length, rows, columns, D: tl
 
 
 @triton.jit
+def _come(X, b, h, row, left, stride, rows, columns, D: tl.constexpr, WHOLE: tl.constexpr):
+    """The rows of head h from `row` on that a loop has come to. X is a descriptor, or a pointer to the first of them."""
+    if isinstance(X, tl.tensor_descriptor):
+        return tl.reshape(X.load([b, h, row, 0]), [rows.shape[0], columns.shape[0]])
+    else:
+        return _load(X, left, stride, rows, columns, D, WHOLE)
+
+
+@triton.jit
 def _store(base, left, stride, rows, columns, value, D: tl.constexpr):
     inside = rows[:, None] < left
     if columns.shape[0] > D:
@@ -75,16 +85,17 @@ def _phase(phase: tl.constexpr, start, whole, whole_end, stop):
 
 @triton.jit
 def _attend(
-    total, weight, peak, q, K, V, start, stop, first, end, S, stride_k: tl.constexpr, stride_v: tl.constexpr, rate, slope,
+    total, weight, peak, q, K, V, b, g, start, stop, first, end, S, stride_k: tl.constexpr, stride_v: tl.constexpr, rate, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, RANGES: tl.constexpr, CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys from start to stop."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    K += tl.cast(start, tl.int64) * stride_k
-    V += tl.cast(start, tl.int64) * stride_v
+    if not isinstance(K, tl.tensor_descriptor):
+        K += tl.cast(start, tl.int64) * stride_k
+        V += tl.cast(start, tl.int64) * stride_v
     for n in range(start, stop, BLOCK_N):
-        k = _load(K, S - n, stride_k, rows, columns, D, not MASKED)
+        k = _come(K, b, g, n, S - n, stride_k, rows, columns, D, not MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
             s = tanh(s, slope, q.dtype == tl.float32)
@@ -98,11 +109,12 @@ def _attend(
         p = tl.exp2(s * rate - base[:, None])
         decay = tl.exp2(peak - base)
         weight = weight * decay[:, None] + tl.sum(tl.reshape(p, [p.shape[0], BLOCK_N // LANES, LANES]), 1)
-        v = _load(V, S - n, stride_v, rows, columns, D, not MASKED)
+        v = _come(V, b, g, n, S - n, stride_v, rows, columns, D, not MASKED)
         total = tl.dot(p.to(v.dtype), v, total * decay[:, None], input_precision=PRECISION)
         peak = new
-        K += BLOCK_N * stride_k
-        V += BLOCK_N * stride_v
+        if not isinstance(K, tl.tensor_descriptor):
+            K += BLOCK_N * stride_k
+            V += BLOCK_N * stride_v
     return total, weight, peak
 
 
@@ -119,8 +131,9 @@ def forward(
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     valid = m + rows < T
-    K += b * kb + h // group * kg
-    V += b * vb + h // group * vg
+    if not isinstance(K, tl.tensor_descriptor):
+        K += b * kb + h // group * kg
+        V += b * vb + h // group * vg
     if RANGES:
         first = tl.load(FIRST + b * range_b + m + rows, mask=valid, other=0)
         end = tl.load(END + b * range_b + m + rows, mask=valid, other=0)
@@ -138,7 +151,7 @@ def forward(
         if (phase == 0 and RANGES) or phase == 1 or (phase == 2 and (RANGES or CAUSAL or not EVEN)):
             begin, until = _phase(phase, start, whole, whole_end, stop)
             total, weight, peak = _attend(
-                total, weight, peak, q, K, V, begin, until, first, end, S, ks, vs, rate, slope,
+                total, weight, peak, q, K, V, b.to(tl.int32), (h // group).to(tl.int32), begin, until, first, end, S, ks, vs, rate, slope,
                 D, BLOCK_D, BLOCK_N, phase != 1, RANGES, CAP, PRECISION,
             )  # fmt: skip
     weight = tl.sum(weight, 1)

@@ -243,7 +243,7 @@ def test_what_stays_comes_by_descriptor_or_by_pointer():
     """Rows of 80 in memory as TMA wants it, and one element too wide for it: the same bits."""
     tensors = inputs(2, 50, 50, 2, 1, 80, BF16)
     odd = [torch.nn.functional.pad(x, (0, 1))[..., :80] for x in tensors]
-    assert isinstance(flash._stays(tensors[0], 32), TensorDescriptor) and flash._stays(odd[0], 32) is odd[0]
+    assert isinstance(flash._described(tensors[0], 32), TensorDescriptor) and flash._described(odd[0], 32) is odd[0]
     with checked():
         for ours, true in zip(both_passes(tensors, causal=True), both_passes(odd, causal=True), strict=True):
             assert torch.equal(ours, true)
