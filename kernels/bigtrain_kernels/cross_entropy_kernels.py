@@ -58,7 +58,7 @@ def _observe(
     # The one tile that holds a row's target writes it: nothing to carry along, and registers are scarce in the product.
     target = tl.load(TARGET + rows, mask=rows < N, other=-1)
     picked = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
-    tl.store(PICKED + rows, picked, mask=(target >= n) & (target < tl.minimum(n + product.shape[1], V)))
+    tl.store(PICKED + rows, picked, mask=(rows < N) & (target >= n) & (target < tl.minimum(n + product.shape[1], V)))
     if SMOOTH:
         total += tl.sum(tl.where(columns[None, :] < V, logits, 0.0), 1)
     logits = tl.where(columns[None, :] < V, logits, float("-inf"))
