@@ -68,14 +68,19 @@ def _entries(sizes: str) -> Iterator[tuple[Key, Launch]]:
 # Every entry compiles without a spilled register within the architecture's shared memory: python -m bigtrain_kernels.static.
 FORWARD = dict(
     _entries("""
-        sm_80         32           2  any  128  64  4  3
-        sm_80         64,128       2  any  128  64  8  2
-        sm_80         256          2  any   64  64  8  2
+        sm_80         32           2  plain  128 64  4  3
+        sm_80         32           2  ranges  128 64  8  3
+        sm_80         64           2  any  128  64  8  2
+        sm_80         128          2  plain  128 64  8  3
+        sm_80         128          2  ranges  128 64  8  2
+        sm_80         256          2  any   64  32  8  2
         sm_90         32,64        2  any  128 128  8  3
         sm_90         128          2  any  128 128  8  2
         sm_100        32           2  plain  128 128  8  3
         sm_100        32           2  ranges  128  64  8  3
-        sm_100        64,128       2  any  128  64  8  3
+        sm_100        64           2  plain  128 128  8  2
+        sm_100        64           2  ranges  128  64  8  3
+        sm_100        128          2  any  128  64  8  3
         sm_90,sm_100  256          2  any  128  32  8  2
         gfx942        32,64,128    2  any  128  64  4  1
         gfx942        256          2  any   64  32  4  1
@@ -96,12 +101,12 @@ FORWARD = dict(
 BACKWARD_KV = dict(
     _entries("""
         sm_80         32           2  any   64  64  4  2
-        sm_80         64           2  any   32  64  4  2
+        sm_80         64           2  plain  64  64  8  2
+        sm_80         64           2  ranges  32  64  8  2
         sm_80         128          2  any   32  64  8  2
         sm_80         256          2  any   32  32  8  1
         sm_90         32           2  any   64 128  8  2
-        sm_90         64           2  plain  64  64  4  2
-        sm_90         64           2  ranges  64 128  8  2
+        sm_90         64           2  any   64 128  8  3
         sm_90         128          2  any   32 128  8  2
         sm_90         256          2  any   32  32  8  2
         sm_100        32,64,128    2  any   64 128  8  2
@@ -174,7 +179,7 @@ def forward(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Mask, sink_H: 
     launch = FORWARD[_key(q, mask)]
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if out.numel():
-        kernels.forward[triton.cdiv(T, M), B * H](
+        kernels.forward[triton.cdiv(T, M) * B * H,](
             _stays(q, M), k, v, out, lse, *_query_ranges(mask, lse), lse if sink_H is None else sink_H,
             *_strides(q, k, v, out), _range_stride(mask), T, S, H, H // k.shape[2], *_rates(mask),
             **_flags(q, mask, S % N), SINKS=sink_H is not None, **launch.arguments(),
@@ -188,7 +193,7 @@ def row_sums(grad_BTHD: Tensor, out_BTHD: Tensor, grad_lse_BHT: Tensor | None) -
     grad = _rows(grad_BTHD)
     delta = out_BTHD.new_empty(B, H, T, dtype=torch.float32)
     if delta.numel():
-        kernels.row_sums[triton.cdiv(T, ROWS), B * H](
+        kernels.row_sums[triton.cdiv(T, ROWS) * B * H,](
             out_BTHD, grad, delta if grad_lse_BHT is None else grad_lse_BHT.contiguous(), delta, *_strides(out_BTHD, grad), T, H,
             D=D, BLOCK_D=_block_dim(D), BLOCK_M=ROWS, HAS_LSE=grad_lse_BHT is not None,
             num_warps=4 if D <= 64 else 8,  # on 4, rows of 128 in fp16 spill on sm_100
@@ -206,7 +211,7 @@ def backward_q(
     launch = BACKWARD_Q[_key(q, mask)]
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dq.numel():
-        kernels.backward_q[triton.cdiv(T, M), B * H](
+        kernels.backward_q[triton.cdiv(T, M) * B * H,](
             _stays(q, M), k, v, _stays(grad, M), lse2_BHT, delta_BHT, dq, *_query_ranges(mask, delta_BHT),
             *_strides(q, k, v, grad, dq), _range_stride(mask), T, S, H, H // k.shape[2], mask.scale, *_rates(mask),
             **_flags(q, mask, S % N), **launch.arguments(),
@@ -224,7 +229,7 @@ def backward_kv(
     launch = BACKWARD_KV[_key(q, mask)]
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dk.numel():
-        kernels.backward_kv[triton.cdiv(S, N), B * G](
+        kernels.backward_kv[triton.cdiv(S, N) * B * G,](
             q, _stays(k, N), _stays(v, N), grad, lse2_BHT, delta_BHT, dk, dv, *_key_ranges(mask, delta_BHT),
             *_strides(q, k, v, grad, dk, dv), _range_stride(mask, keys=True), T, S, H, H // G, mask.scale, *_rates(mask),
             **_flags(q, mask, T % M), **launch.arguments(),
@@ -354,31 +359,42 @@ attention.register_autograd(_gradients, setup_context=_save)
 
 
 def cases(architecture: str) -> Iterator[Case]:
-    """Every entry of the tables for one architecture, causal and with ranges: 4 sequences of 4,096 tokens, 16 heads on 4.
+    """Every entry of the tables for one architecture: 4 sequences of 4,096 tokens, 16 heads on 4, causal or with ranges.
 
-    16-bit entries in bf16; fp16, which shares them, for the usual widths.
+    16-bit entries in bf16, also without a mask ("full") and with all that a kernel can be asked for at once ("options": a padded
+    head dimension, lengths that no block divides, soft-cap, sink and the gradient of the log-sum-exp); fp16, which shares them, for
+    the usual widths.
     """
     for arch, width, size, masked in FORWARD:
         if arch == architecture:
-            yield from _cases(width, torch.bfloat16 if size == 2 else torch.float32, masked)
-            if size == 2 and width in (64, 128) and not masked:
-                yield from _cases(width, torch.float16, masked)
+            mask = "ranges" if masked else "causal"
+            yield from _cases(width, torch.bfloat16 if size == 2 else torch.float32, mask)
+            if size == 2:
+                yield from _cases(width - 16, torch.bfloat16, f"options-{mask}")
+            if size == 2 and not masked:
+                yield from _cases(width, torch.bfloat16, "full")
+            if size == 2 and not masked and width in (64, 128):
+                yield from _cases(width, torch.float16, mask)
 
 
-def _cases(D: int, dtype: torch.dtype, masked: bool) -> Iterator[Case]:
-    B, T, H, G = 4, 4096, 16, 4
-    size = dtype.itemsize
+def _cases(D: int, dtype: torch.dtype, kind: str) -> Iterator[Case]:
+    B, T, S, H, G = 4, 4096, 4096, 16, 4
+    options = kind.startswith("options")
+    if options:
+        T, S = T - 3, S + 3
     q, out, grad = (torch.empty(B, T, H, D, dtype=dtype, device="meta") for _ in range(3))
-    k, v = (torch.empty(B, T, G, D, dtype=dtype, device="meta") for _ in range(2))
+    k, v = (torch.empty(B, S, G, D, dtype=dtype, device="meta") for _ in range(2))
     lse, delta = (torch.empty(B, H, T, device="meta") for _ in range(2))
-    positions = torch.empty(B, T, dtype=torch.int32, device="meta")
-    mask = Mask(not masked, D**-0.5, seen=Ranges(positions, positions, positions, positions) if masked else None)
+    sink = torch.empty(H, device="meta") if options else None
+    query, key = (torch.empty(B, length, dtype=torch.int32, device="meta") for length in (T, S))
+    mask = Mask("causal" in kind, D**-0.5, 50.0 * options, Ranges(query, query, key, key) if "ranges" in kind else None)
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    label = f"d{D} {name} {'ranges' if masked else 'causal'}"
-    product = 2 * B * H * T * T * D // 2  # one matrix product over the half that a causal mask leaves
+    label = f"d{D} {name} {kind}"
+    product = 2 * B * H * T * S * D // (1 if kind == "full" else 2)  # one matrix product over what a mask leaves: half
+    size = dtype.itemsize
     wide, narrow, row = size * q.numel(), size * k.numel(), 4 * lse.numel()
     inputs = grad, delta, q, k, v, lse, mask
-    yield Case(f"attention forward {label}", lambda: forward(q, k, v, mask), 2 * product, 2 * wide + 2 * narrow + row)
-    yield Case(f"attention row sums {label}", lambda: row_sums(grad, out, None), 2 * q.numel(), 2 * wide + row)
+    yield Case(f"attention forward {label}", lambda: forward(q, k, v, mask, sink), 2 * product, 2 * wide + 2 * narrow + row)
+    yield Case(f"attention row sums {label}", lambda: row_sums(grad, out, lse if options else None), 2 * q.numel(), 2 * wide + row)
     yield Case(f"attention backward q {label}", lambda: backward_q(*inputs), 3 * product, 3 * wide + 2 * narrow + 2 * row)
     yield Case(f"attention backward kv {label}", lambda: backward_kv(*inputs), 4 * product, 2 * wide + 4 * narrow + 2 * row)

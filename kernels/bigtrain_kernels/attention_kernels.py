@@ -25,12 +25,13 @@ LANES: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
-def _capped(s, slope, EXACT: tl.constexpr):
-    """tanh(s * slope). Not EXACT: within 2e-7, without a division, which takes ten instructions and registers with them."""
-    if EXACT:
-        return tanh(s * slope)
-    root = tl.rsqrt(tl.exp2(s * (slope * 2.8853900817779268) - 1.0) + 0.5)  # 1 - 2 / (1 + exp(2 x)), and 2 log2(e)
-    return 1.0 - root * root
+def _place(length, heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr = False):
+    """First row, batch and head of this program, whose grid has one dimension: CUDA takes no more than 65,535 programs in the others.
+
+    LAST_FIRST: under a causal mask the last blocks of queries have the most keys, and short ones fill the gaps at the end."""
+    blocks = tl.cdiv(length, BLOCK)
+    block, sequence = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    return (blocks - 1 - block if LAST_FIRST else block) * BLOCK, sequence // heads, sequence % heads
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def _attend(
         k = _load(K, S - n, stride_k, rows, columns, D, not MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
-            s = _capped(s, slope, q.dtype == tl.float32)
+            s = tanh(s, slope, q.dtype == tl.float32)
         if MASKED:
             seen = n + rows[None, :] < end[:, None]
             if RANGES:
@@ -122,10 +123,8 @@ def forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # The last blocks of a causal mask have the most keys: they go first, so that the short ones fill the gaps at the end.
-    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    m, b, h = _place(T, H, BLOCK_M, LAST_FIRST=True)
     row = m.to(tl.int64)
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     valid = m + rows < T
     K += b * kb + h // group * kg
@@ -169,9 +168,8 @@ def row_sums(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dLSE: what every score's gradient has subtracted."""
-    m = tl.program_id(0) * BLOCK_M
+    m, b, h = _place(T, H, BLOCK_M)
     row = m.to(tl.int64)
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     out = _load(OUT + b * ob + h * oh + row * ot, T - m, ot, rows, columns, D, False).to(tl.float32)
     grad = _load(GRAD + b * gb + h * gh + row * gt, T - m, gt, rows, columns, D, False).to(tl.float32)
@@ -207,7 +205,7 @@ def _add_kv(
         else:
             lse, delta = tl.load(LSE + at + rows), tl.load(DELTA + at + rows)
         if CAP:
-            s = _capped(s, slope, k.dtype == tl.float32)
+            s = tanh(s, slope, k.dtype == tl.float32)
         p = tl.exp2(s * rate - lse[None, :])
         if MASKED:
             seen = rows[None, :] >= (first - m)[:, None]
@@ -237,10 +235,8 @@ def backward_kv(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N
+    n, b, g = _place(S, H // group, BLOCK_N)
     row = n.to(tl.int64)
-    G = H // group
-    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     valid = n + rows < S
     if RANGES:
@@ -287,7 +283,7 @@ def _add_q(
         v = _load(V, S - n, stride_v, rows, columns, D, not MASKED, JOINT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if CAP:
-            s = _capped(s, slope, k.dtype == tl.float32)
+            s = tanh(s, slope, k.dtype == tl.float32)
         p = tl.exp2(s * rate - lse[:, None])
         if MASKED:
             seen = n + rows[None, :] < end[:, None]
@@ -310,9 +306,8 @@ def backward_q(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, EVEN: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    m, b, h = _place(T, H, BLOCK_M, LAST_FIRST=True)
     row = m.to(tl.int64)
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     valid = m + rows < T
     K += b * kb + h // group * kg

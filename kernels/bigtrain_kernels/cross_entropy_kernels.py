@@ -39,22 +39,22 @@ def _halves(x):
 
 
 @triton.jit
-def _logits(product, columns, BIAS, V, cap, BIASED: tl.constexpr, CAP: tl.constexpr):
+def _logits(product, columns, BIAS, V, cap, BIASED: tl.constexpr, CAP: tl.constexpr, EXACT: tl.constexpr):
     if BIASED:
         product += tl.load(BIAS + tl.minimum(columns, V - 1)).to(tl.float32)[None, :]
     if CAP:
-        product = cap * tanh(product * (1.0 / cap))
+        product = cap * tanh(product, 1.0 / cap, EXACT)
     return product
 
 
 @triton.jit
 def _observe(
     peak, weight, total, product, rows, n, TARGET, BIAS, PICKED, N, V, cap,
-    BIASED: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr,
+    BIASED: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax: the highest logit, the sum of exp(logit - highest) and that of logits, with the columns from n on."""
     columns = n + tl.arange(0, product.shape[1])
-    logits = _logits(product, columns, BIAS, V, cap, BIASED, CAP)
+    logits = _logits(product, columns, BIAS, V, cap, BIASED, CAP, EXACT)
     # The one tile that holds a row's target writes it: nothing to carry along, and registers are scarce in the product.
     target = tl.load(TARGET + rows, mask=rows < N, other=-1)
     picked = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
@@ -82,13 +82,14 @@ def statistics(
     weight = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     start = stripe * TILES * BLOCK_N
+    EXACT: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     for n in range(start, tl.minimum(start + TILES * BLOCK_N, V), BLOCK_N):
         left, right = _halves(_product(HIDDEN, WEIGHT, m, n, N, V, E, stride_h, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION))
         peak, weight, total = _observe(
-            peak, weight, total, left, rows, n, TARGET, BIAS, PICKED, N, V, cap, BIASED, CAP, SMOOTH
+            peak, weight, total, left, rows, n, TARGET, BIAS, PICKED, N, V, cap, BIASED, CAP, SMOOTH, EXACT
         )  # fmt: skip
         peak, weight, total = _observe(
-            peak, weight, total, right, rows, n + BLOCK_N // 2, TARGET, BIAS, PICKED, N, V, cap, BIASED, CAP, SMOOTH
+            peak, weight, total, right, rows, n + BLOCK_N // 2, TARGET, BIAS, PICKED, N, V, cap, BIASED, CAP, SMOOTH, EXACT
         )  # fmt: skip
     tl.store(LSE + stripe * N + rows, peak + tl.log(weight), mask=rows < N)
     if SMOOTH:
@@ -98,11 +99,11 @@ def statistics(
 @triton.jit
 def _store_gradients(
     product, target, lse, GRAD, BIAS, n, height, width, V, stride_g, cap, on_target, on_all, z_loss,
-    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr,
+    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dloss / dlogits of the columns from n of the vocabulary on, at GRAD, where there is room for `height` rows and `width` columns."""
     rows, columns = tl.arange(0, product.shape[0]), tl.arange(0, product.shape[1])
-    logits = _logits(product, n + columns, BIAS, V, cap, BIASED, CAP)
+    logits = _logits(product, n + columns, BIAS, V, cap, BIASED, CAP, EXACT)
     grad = tl.exp(logits - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None] - on_all
     grad -= tl.where((n + columns)[None, :] == target[:, None], on_target, 0.0)
     if CAP:
@@ -121,6 +122,7 @@ def logit_gradients(
 ):  # fmt: skip
     """A tile of dloss / dlogits, for the columns from `start` of the vocabulary on."""
     block_m, block_n = grouped(tl.cdiv(N, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
+    EXACT: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     m, n = block_m * BLOCK_M, block_n * BLOCK_N
     product = _product(HIDDEN, WEIGHT, m, start + n, N, V, E, stride_h, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
     left, right = _halves(product)
@@ -129,12 +131,46 @@ def logit_gradients(
     lse = tl.load(LSE + rows, mask=rows < N, other=0.0)
     GRAD += tl.cast(m, tl.int64) * stride_g + n
     _store_gradients(
-        left, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss, BIASED, CAP, IGNORED
+        left,
+        target,
+        lse,
+        GRAD,
+        BIAS,
+        start + n,
+        N - m,
+        columns - n,
+        V,
+        stride_g,
+        cap,
+        on_target,
+        on_all,
+        z_loss,
+        BIASED,
+        CAP,
+        IGNORED,
+        EXACT,
     )
     GRAD += BLOCK_N // 2
     n += BLOCK_N // 2
     _store_gradients(
-        right, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss, BIASED, CAP, IGNORED
+        right,
+        target,
+        lse,
+        GRAD,
+        BIAS,
+        start + n,
+        N - m,
+        columns - n,
+        V,
+        stride_g,
+        cap,
+        on_target,
+        on_all,
+        z_loss,
+        BIASED,
+        CAP,
+        IGNORED,
+        EXACT,
     )
 
 

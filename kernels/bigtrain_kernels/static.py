@@ -97,7 +97,15 @@ class Row(NamedTuple):
     def baseline(self) -> dict[str, float | None]:
         """The figures that may not get worse."""
         f = self.facts
-        return {"registers": f.registers, "spilled_bytes": f.spilled_bytes, "shared_bytes": f.shared_bytes, "loop_ratio": f.loop_ratio}
+        return {
+            "registers": f.registers,
+            "spilled_bytes": f.spilled_bytes,
+            "shared_bytes": f.shared_bytes,
+            "resident_warps": f.resident_warps,
+            "instructions": f.instructions,
+            "loop_ratio": f.loop_ratio,
+            "narrow_share": f.loads.narrow_share,
+        }
 
 
 class Job(NamedTuple):
@@ -168,6 +176,8 @@ def measure_all(todo: Sequence[Job], workers: int) -> tuple[list[Row], list[str]
 def broken_rules(row: Row) -> Iterator[str]:
     """The rules that the source alone must keep, whatever compiles it."""
     f, limit = row.facts, PROCESSORS[row.architecture].shared_per_block
+    if any(size > 1 for size in row.grid[1:]):
+        yield f"has a grid of {' x '.join(map(str, row.grid))} programs: CUDA takes no more than 65,535 beyond the first dimension"
     if f.shared_bytes > limit:
         yield f"asks for {f.shared_bytes} bytes of shared memory, a block may have {limit}"
     if f.float64:
@@ -177,7 +187,7 @@ def broken_rules(row: Row) -> Iterator[str]:
     own = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(row.architecture)
     if f.tall_matmuls + f.short_matmuls and not f.tensor_core:
         yield "multiplies 16-bit matrices without tensor cores"
-    elif own and f.tall_matmuls and (own not in f.tensor_core or (not f.short_matmuls and "HMMA" in f.tensor_core)):
+    elif own and f.tall_matmuls and (own not in f.tensor_core or "HMMA" in f.tensor_core):
         yield f"multiplies 16-bit matrices of 64 rows or more without {own}"
 
 
@@ -200,7 +210,10 @@ def worse_figures(row: Row, baseline: dict[str, dict[str, float | None]]) -> Ite
         return
     for name, before in baseline[row.key].items():
         now = row.baseline()[name]
-        if now is not None and before is not None and now > before * SLACK:
+        if before is None:
+            continue
+        # No loop ratio any more is no main loop, or no tensor cores in it.
+        if now is None or (now < before if name == "resident_warps" else now > before * SLACK):
             yield f"{name.replace('_', ' ')} went from {before} to {now}: make it better, or --update the baseline"
 
 

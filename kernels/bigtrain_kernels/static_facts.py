@@ -36,10 +36,11 @@ class Processor(NamedTuple):
 
 
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; register unit of 256 a warp: the
-# toolkit's cuda_occupancy.h. AMD: CDNA3 ISA guide: 512 registers a lane in each of four SIMDs, in units of 8, eight waves each.
-# Peaks: the data sheets of the GPU named.
+# toolkit's cuda_occupancy.h. A block may have 163 KiB on an A100, but 99 on sm_86, sm_89 and sm_120, which take its entries.
+# AMD: CDNA3 ISA guide: 512 registers a lane in each of four SIMDs, in units of 8, eight waves each. Peaks: the data sheets of
+# the GPU named.
 PROCESSORS = {
-    "sm_80": Processor("A100 SXM 80 GB", 163 << 10, 164 << 10, 1 << 10, 65536, 256, 64, 32, 312, 19.5, 2.04),
+    "sm_80": Processor("A100 SXM 80 GB", 99 << 10, 164 << 10, 1 << 10, 65536, 256, 64, 32, 312, 19.5, 2.04),
     "sm_90": Processor("H100 SXM", 227 << 10, 228 << 10, 1 << 10, 65536, 256, 64, 32, 989, 66.9, 3.35),
     "sm_100": Processor("B200", 227 << 10, 228 << 10, 1 << 10, 65536, 256, 64, 32, 2250, 75, 8.0),
     "gfx942": Processor("MI300X", 64 << 10, 64 << 10, 0, 4 * 512 * 64, 8 * 64, 32, 32, 1307, 163, 5.3),
