@@ -89,6 +89,8 @@ def running_totals(end_query: Tensor, end_key: Tensor) -> tuple[int, int]:
     shaped("packed_mask: end_key", end_key, len(end_query))
     for name, x in (("end_query", end_query), ("end_key", end_key)):
         typed(f"packed_mask: {name}", x, torch.int32, torch.int64)
+    if torch.compiler.is_compiling():
+        return int(end_query[-1]), int(end_key[-1])
     both = torch.stack([end_query, end_key]).tolist()
     for name, totals in zip(("end_query", "end_key"), both):
         if totals[:1] != [0] or totals != sorted(totals):
@@ -123,7 +125,11 @@ def attention(
         return
     if isinstance(mask, Tensor) == (backend == "triton"):
         refuse("attention: mask", f"of type {type(mask).__name__}", f"what attention_mask makes with backend={backend!r}")
-    if isinstance(mask, Tensor):
+    if torch.compiler.is_compiling():  # what packed_mask makes has sizes that only the graph will know: it looks at them when it runs
+        parts = ((mask, -2, T), (mask, -1, S)) if isinstance(mask, Tensor) else ((mask.first_key, -1, T), (mask.first_query, -1, S))
+        for part, dim, size in parts:
+            torch._check(part.shape[dim] == size)
+    elif isinstance(mask, Tensor):
         shaped("attention: mask", mask, (1, B), 1, T, S)
         typed("attention: mask", mask, *FLOATS[backend])
     else:
@@ -137,7 +143,7 @@ def norm(operator: str, x: Tensor, residual: Tensor | None, backend: str, **affi
     typed(f"{operator}: x", x, *FLOATS[backend])
     if residual is not None:
         shaped(f"{operator}: residual", residual, *x.shape)
-        typed(f"{operator}: residual", residual, x.dtype)
+        typed(f"{operator}: residual", residual, *([x.dtype] if backend == "triton" else FLOATS[backend]))  # torch has autocast for it
     for name, t in affine_E.items():
         shaped(f"{operator}: {name}", t, x.shape[-1])
         typed(f"{operator}: {name}", t, *FLOATS[backend])
