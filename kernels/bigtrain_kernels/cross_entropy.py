@@ -36,11 +36,11 @@ import torch
 import triton
 from torch import Tensor
 
+from . import arguments
 from . import cross_entropy_kernels as kernels
 from .launch import INTERPRETED, Case, Launch, architecture, operator
 from .reference import IGNORE
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALLEST_CHUNK = 2048
 """Columns of a chunk at least: the depth of the product that gives the hidden states' gradient, which rereads it for each chunk."""
 
@@ -153,8 +153,9 @@ def forward(
     if N == 0:
         return hidden_NE.new_zeros((), dtype=torch.float32), kept_N.sum(), *(g.zero_() for g in grads)
     lse_N, picked_N = statistics(hidden_NE, weight_VE, target_N, bias_V, cap, smoothing)
-    loss_N = lse_N - picked_N + z_loss * lse_N.square()
-    loss_N = loss_N.where((target_N >= 0) & (target_N < V), float("nan")).where(kept_N, 0.0)
+    # Neither a loss nor a gradient for a target that does not exist: both are taken from this.
+    lse_N = lse_N.where((target_N >= 0) & (target_N < V), float("nan"))
+    loss_N = (lse_N - picked_N + z_loss * lse_N.square()).where(kept_N, 0.0)
     if need_hidden or need_weight or need_bias:
         grad_hidden_NE, grad_weight_VE, grad_bias_V = grads
         C = chunk_columns(V, E, hidden_NE.element_size())
@@ -227,21 +228,15 @@ def linear_cross_entropy(
     """Cross entropy of softmax(hidden weight^T + bias) without the logits in memory: (summed loss, float32; targets, int64).
 
     A target of -100 has no loss and no gradient; (0, 0) is the value of a batch of those; another target outside the vocabulary
-    makes the loss NaN. `z_loss` adds z_loss * lse^2 a target (Chowdhery et al. 2022, PaLM, section 5); `cap` bounds the logits
-    to cap * tanh(logits / cap) (Gemma 2, section 2), 0 leaves them; `smoothing` spreads that share of the target over the
-    whole vocabulary (Szegedy et al. 2016, section 7). Weight and bias are taken in the dtype of the hidden states.
+    makes the loss and its gradients NaN. `z_loss` adds z_loss * lse^2 a target (Chowdhery et al. 2022, PaLM, section 5); `cap`
+    bounds the logits to cap * tanh(logits / cap) (Gemma 2, section 2), 0 leaves them; `smoothing` spreads that share of the
+    target over the whole vocabulary (Szegedy et al. 2016, section 7). Weight and bias are taken in the dtype of the hidden states.
 
     The gradients are formed in the forward pass when any is needed, so backward does not read the weight, and runs once.
-    Raises ValueError for another dtype than bf16, fp16 or float32, for shapes that do not fit and for options out of range.
+    Raises ValueError for another dtype than bf16, fp16 or float32 (of targets: int64 or int32), for shapes that do not fit and
+    for options out of range.
     """
-    N, E = hidden_NE.shape
-    if hidden_NE.dtype not in DTYPES:
-        raise ValueError(f"linear_cross_entropy: hidden states in {hidden_NE.dtype}, expected bf16, fp16 or float32")
-    if weight_VE.shape[1:] != (E,) or target_N.shape != (N,) or (bias_V is not None and bias_V.shape != weight_VE.shape[:1]):
-        shapes = [None if x is None else tuple(x.shape) for x in (hidden_NE, weight_VE, target_N, bias_V)]
-        raise ValueError(f"linear_cross_entropy: hidden [N, E], weight [V, E], target [N], bias [V] expected, found {shapes}")
-    if z_loss < 0 or cap < 0 or not 0 <= smoothing < 1:
-        raise ValueError(f"linear_cross_entropy: z_loss {z_loss} and cap {cap} must be 0 or more, smoothing {smoothing} from 0 to below 1")
+    arguments.linear_cross_entropy(hidden_NE, weight_VE, target_N, bias_V, z_loss, cap, smoothing, "triton")
     inputs = hidden_NE, weight_VE.to(hidden_NE.dtype), None if bias_V is None else bias_V.to(hidden_NE.dtype)
     needs = (x is not None and torch.is_grad_enabled() and x.requires_grad for x in inputs)
     loss, count, *_ = loss_and_gradients(*inputs[:2], target_N, inputs[2], z_loss, cap, smoothing, *needs)

@@ -56,6 +56,7 @@ def _observe(
     columns = n + tl.arange(0, product.shape[1])
     logits = _logits(product, columns, BIAS, V, cap, BIASED, CAP, EXACT)
     # The one tile that holds a row's target writes it: nothing to carry along, and registers are scarce in the product.
+    # Targets are signed: -1 keeps rows that do not exist from storing, where a mask of them would spill on sm_90.
     target = tl.load(TARGET + rows, mask=rows < N, other=-1)
     picked = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
     tl.store(PICKED + rows, picked, mask=(target >= n) & (target < tl.minimum(n + product.shape[1], V)))

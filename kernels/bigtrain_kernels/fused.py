@@ -46,7 +46,8 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx, grad_NE: Tensor, grad_sum_NE: Tensor | None):
         # With u = x * rstd and s = weight: dx = rstd * (g s - u mean(g s u)), ds = sum over rows of g u.
         sum_NE, weight_E, rstd_N1 = ctx.saved_tensors
-        scale_E, x_NE, g_NE = wide(weight_E), wide(sum_NE), _own(grad_NE)
+        x_NE, g_NE = wide(sum_NE), _own(grad_NE)
+        scale_E = weight_E.to(x_NE.dtype)
         gx_NE = g_NE * x_NE
         grad_weight_E = (rstd_N1.t() @ gx_NE).squeeze(0).to(weight_E.dtype)
         mean_N1 = (gx_NE @ scale_E).div(scale_E.shape[0]).unsqueeze(-1) * rstd_N1.square()
@@ -121,8 +122,13 @@ class Glu(torch.autograd.Function):
 
 def _rows(*xs_NF: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of several tensors at a time: on a CPU so few that what is made of them stays in a core's cache."""
-    step = 1 << 30 if xs_NF[0].is_cuda else max(1, (1 << 17) // xs_NF[0].shape[-1])
-    return zip(*(x.reshape(-1, x.shape[-1]).split(step) for x in xs_NF), strict=True)
+    step = 1 << 30 if xs_NF[0].is_cuda else max(1, (1 << 17) // max(1, xs_NF[0].shape[-1]))
+    return zip(*(flat(x).split(step) for x in xs_NF), strict=True)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., F] as [N, F], of no elements too."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 class LinearCrossEntropy(torch.autograd.Function):

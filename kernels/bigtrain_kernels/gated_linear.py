@@ -22,8 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import arguments
+from .arguments import GLU
 from .launch import ARCHITECTURES, INTERPRETED, Case, Launch, architecture, operator
-from .mlp import GLU, act
+from .mlp import act
 from .tile import grouped
 
 
@@ -208,12 +210,8 @@ def gated_linear(x_NE: Tensor, gate_FE: Tensor, up_FE: Tensor, kind: str) -> Ten
     The products stay in float32 until they are multiplied: one rounding, where two plain products and `glu` round three times.
     float32 inputs are multiplied in IEEE float32. Raises ValueError for another kind, shapes that do not fit and mixed dtypes.
     """
-    if kind not in GLU:
-        raise ValueError(f"glu {kind!r}: expected one of {', '.join(GLU)}")
-    if x_NE.dim() != 2 or gate_FE.shape != up_FE.shape or gate_FE.shape[1:] != x_NE.shape[1:]:
-        raise ValueError(f"gated_linear: x {[*x_NE.shape]} (N, E) does not fit gate {[*gate_FE.shape]} and up {[*up_FE.shape]} (F, E)")
-    if not x_NE.dtype == gate_FE.dtype == up_FE.dtype:
-        raise ValueError(f"gated_linear: x is {x_NE.dtype}, gate {gate_FE.dtype}, up {up_FE.dtype}")
+    arguments.shaped("gated_linear: x_NE", x_NE, "N", "E")
+    arguments.gated_linear(x_NE, gate_FE, up_FE, kind, "triton")
     return forward(x_NE, gate_FE, up_FE, kind)
 
 

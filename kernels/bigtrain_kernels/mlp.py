@@ -16,11 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import arguments
+from .arguments import ACTIVATIONS, GLU
 from .launch import INTERPRETED, Case, Launch, architecture, operator
-
-GLU = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
-"""Gated linear units, by the activation of their gate (Shazeer 2020, eq. 6)."""
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu2")
 
 # A thread has 8 elements: one 128-bit access to each tensor of two-byte elements.
 LAUNCHES: dict[str, Launch] = {
@@ -128,22 +126,23 @@ def glu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """act(gate) * up for gate and up [..., F]: swiglu, geglu (exact GELU) or geglu_tanh.
 
     The two may be halves of one projection's output: only the last dimension must be contiguous to be read where it is.
-    Raises ValueError for another kind and for shapes that differ.
+    Raises ValueError for another kind, for shapes or dtypes that differ and for other dtypes than bf16, fp16 and float32.
     """
-    return forward(gate, up, _gate(gate, up, kind))
+    arguments.glu(gate, up, kind, "triton")
+    return forward(gate, up, GLU[kind])
 
 
 @operator("bigtrain::glu_backward")
 def glu_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up."""
-    return backward(grad, gate, up, _gate(gate, up, kind))
+    arguments.glu(gate, up, kind, "triton")
+    return backward(grad, gate, up, GLU[kind])
 
 
 @operator("bigtrain::activation")
 def activation(x: Tensor, kind: str) -> Tensor:
-    """gelu (exact) and gelu_tanh (Hendrycks and Gimpel 2016) or relu2 (So et al. 2021). Raises ValueError for another kind."""
-    if kind not in ACTIVATIONS:
-        raise ValueError(f"activation {kind!r}: expected one of {', '.join(ACTIVATIONS)}")
+    """gelu (exact) and gelu_tanh (Hendrycks and Gimpel 2016) or relu2 (So et al. 2021). Raises ValueError as `glu`."""
+    arguments.activation(x, kind, "triton")
     return forward(x, None, kind)
 
 
@@ -151,14 +150,6 @@ def activation(x: Tensor, kind: str) -> Tensor:
 def activation_backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     """The gradient of x."""
     return backward(grad, x, None, kind)[0]
-
-
-def _gate(gate: Tensor, up: Tensor, kind: str) -> str:
-    if kind not in GLU:
-        raise ValueError(f"glu {kind!r}: expected one of {', '.join(GLU)}")
-    if gate.shape != up.shape:
-        raise ValueError(f"glu: gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
-    return GLU[kind]
 
 
 def _dense(x: Tensor) -> Tensor:

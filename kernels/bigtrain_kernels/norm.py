@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import arguments
 from .launch import INTERPRETED, Case, Launch, architecture, operator
 
 # Launches. Keys: architecture, width up to which it serves, bytes of an element, for the backward pass also whether there is a bias.
@@ -207,6 +208,7 @@ def forward(x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, bias_E: 
     """The norm of x + residual; that sum, [0] without a residual; and for backward [1 or 2, N]: 1 / std, with a bias also the mean."""
     N, E = x_NE.shape
     x, residual = _rows(x_NE), None if residual_NE is None else _rows(residual_NE)
+    weight_E, bias_E = weight_E.contiguous(), None if bias_E is None else bias_E.contiguous()
     out = x.new_empty(N, E)
     total = x.new_empty(0) if residual is None else torch.empty_like(out)
     statistics = x.new_empty(1 if bias_E is None else 2, N, dtype=torch.float32)
@@ -225,7 +227,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of x_NE, which forward took the norm of, of the weight and of the bias."""
     N, E = x_NE.shape
-    x, grad = _rows(x_NE), _rows(grad_NE)
+    x, grad, weight_E = _rows(x_NE), _rows(grad_NE), weight_E.contiguous()
     grad_sum = None if grad_sum_NE is None else _rows(grad_sum_NE)
     dx = x.new_empty(N, E)
     if not x.numel():
@@ -336,33 +338,23 @@ def rms_norm(x: Tensor, weight_E: Tensor, eps: float, residual: Tensor | None = 
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [..., E] (Zhang and Sennrich 2019, eq. 4).
 
     With `residual`, of x's shape and dtype: (the norm of x + residual, x + residual), the sum rounded to their dtype before
-    the norm is taken of it. x is bf16, fp16 or float32, the weight of the same dtype or float32; statistics are float32.
+    the norm is taken of it. x and the weight are bf16, fp16 or float32; statistics are float32.
     Raises ValueError for other dtypes, for shapes that do not match and for more than 16,384 elements in a row.
     """
-    _check(x, residual, weight_E)
+    arguments.norm("rms_norm", x, residual, "triton", weight_E=weight_E)
     flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual))
     return _shaped(x, residual, *_rms_norm(*flat, weight_E, eps)[:2])
 
 
 def layer_norm(x: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016, eq. 4); otherwise as `rms_norm`."""
-    _check(x, residual, weight_E, bias_E)
+    arguments.norm("layer_norm", x, residual, "triton", weight_E=weight_E, bias_E=bias_E)
     flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual))
     return _shaped(x, residual, *_layer_norm(*flat, weight_E, bias_E, eps)[:2])
 
 
 def _shaped(x: Tensor, residual: Tensor | None, out_NE: Tensor, total_NE: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     return out_NE.view(x.shape) if residual is None else (out_NE.view(x.shape), total_NE.view(x.shape))
-
-
-def _check(x: Tensor, residual: Tensor | None, *affine_E: Tensor) -> None:
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"norm of {x.dtype}: expected bfloat16, float16 or float32")
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"residual {list(residual.shape)} {residual.dtype}: expected {list(x.shape)} {x.dtype}, as x")
-    for t in affine_E:
-        if t.shape != x.shape[-1:] or t.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"weight or bias {list(t.shape)} {t.dtype}: expected {list(x.shape[-1:])}, {x.dtype} or float32")
 
 
 def cases(architecture: str) -> Iterator[Case]:

@@ -2,7 +2,7 @@
 
 `backend` is an argument, decided once by `resolve_backends` and passed down; no global is kept. Triton's kernels are imported
 where they are called, so that a rank without them pays nothing. Inputs are float32, bf16 or fp16 (float64 for tests, in
-torch); sums, norms and losses are taken in float32 inside.
+torch); sums, norms and losses are taken in float32 inside. All raise ValueError for what they cannot take, as `arguments` says.
 
 B batch, T query length, S key length, H query heads, G key and value heads, D head dim, R = half of the rotary dim,
 N flattened tokens, E width, F mlp width, V vocabulary.
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused, host, reference
+from . import arguments, fused, host, reference
 from .reference import IGNORE, rope_angles
 
 if TYPE_CHECKING:
@@ -110,10 +110,13 @@ def attention_mask(
 
     None where causal alone says it.
     """
-    if document_BT is None and window is None and (not causal or T == 1 or (T == S or backend == "triton")):
+    arguments.documents("attention_mask", "B", T, S, document_BT)
+    arguments.window_size("attention_mask", window)
+    triton = arguments.on_triton(backend)
+    if document_BT is None and window is None and (not causal or T == 1 or (T == S or triton)):
         return None
-    if backend == "triton":
-        return range_mask(*reference.seen_keys(T, S, causal, document_BT, window, device), S, dtype, backend)
+    if triton:
+        return _range_mask(*reference.seen_keys(T, S, causal, document_BT, window, device), S, dtype, triton)
     return _additive(reference.visible(T, S, causal, document_BT, device, window), dtype)
 
 
@@ -122,15 +125,22 @@ def packed_mask(
 ) -> Mask:
     """The mask of several sequences laid end to end, with as many queries and keys as the caller likes: `attention` then takes
     q [1, all queries, H, D] and k, v [1, all keys, G, D]. `end_query` and `end_key` are the running totals of their lengths,
-    int32, starting with 0 (cu_seqlens in other libraries); empty sequences may be among them. In each the queries are the
-    last positions, as in `attention`.
+    int32 or int64, starting with 0 (cu_seqlens in other libraries); empty sequences may be among them. In each the queries are
+    the last positions, as in `attention`.
     """
-    return range_mask(*reference.packed_keys(end_query, end_key, causal, window), dtype, backend)
+    arguments.window_size("packed_mask", window)
+    T, S = arguments.running_totals(end_query, end_key)
+    return _range_mask(*reference.packed_keys(end_query, end_key, T, causal, window), S, dtype, arguments.on_triton(backend))
 
 
 def range_mask(first_key_BT: Tensor, end_key_BT: Tensor, S: int, dtype: torch.dtype, backend: str = "torch") -> Mask:
     """The mask in which query t sees the keys first_key <= s < end_key of S: int32 [1 or B, T], neither ever decreasing along T."""
-    if backend == "triton":
+    arguments.key_ranges(first_key_BT, end_key_BT, S)
+    return _range_mask(first_key_BT, end_key_BT, S, dtype, arguments.on_triton(backend))
+
+
+def _range_mask(first_key_BT: Tensor, end_key_BT: Tensor, S: int, dtype: torch.dtype, triton: bool) -> Mask:
+    if triton:
         from .attention import ranges
 
         return ranges(first_key_BT, end_key_BT, S)
@@ -170,20 +180,19 @@ def attention(
     return_lse  (out, lse_BHT): also the log of the sum of exponentials of a query's scores, float32, the sink among them; -inf
                 where it sees no key. Both carry gradients, so that attention over parts of the keys can be combined.
     """
+    triton = arguments.on_triton(backend)
+    arguments.attention(q_BTHD, k_BSGD, v_BSGD, document_BT, window, mask, scale, cap, sink_H, backend)
     T, H, D = q_BTHD.shape[1:]
     S, G = k_BSGD.shape[1:3]
-    if document_BT is not None and T != S:
-        raise ValueError(f"document_BT needs as many queries as keys, found {T} and {S}")
     scale = D**-0.5 if scale is None else scale
-    if scale <= 0 or cap < 0:
-        raise ValueError(f"attention needs a scale above 0 and a cap of at least 0, found {scale} and {cap}")
     if mask is None:
         mask = attention_mask(
             T, S, causal=causal, document_BT=document_BT, window=window, dtype=q_BTHD.dtype, device=q_BTHD.device, backend=backend
         )
-    if backend == "triton":
+    if triton:
         from .attention import attention as flash
 
+        sink_H = None if sink_H is None else sink_H.contiguous()
         out_BTHD, lse_BHT = flash(q_BTHD, k_BSGD, v_BSGD, sink_H, *(mask or (None,) * 4), causal and mask is None, scale, cap)
         return (out_BTHD, lse_BHT) if return_lse else out_BTHD
     if cap or sink_H is not None or return_lse:
@@ -206,10 +215,11 @@ def attention(
 
 def rms_norm(x: Tensor, weight_E: Tensor, eps: float, *, residual: Tensor | None = None, backend: str = "torch"):
     """RMSNorm over the last dimension: x [..., E]. With `residual`: (norm of x + residual, x + residual)."""
-    if backend == "triton":
+    if arguments.on_triton(backend):
         from .norm import rms_norm as kernel
 
         return kernel(x, weight_E, eps, residual)
+    arguments.norm("rms_norm", x, residual, backend, weight_E=weight_E)
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual)]
     normed, total = fused.RmsNorm.apply(*flat, weight_E, eps)
     return normed.view(x.shape) if residual is None else (normed.view(x.shape), total.view(x.shape))
@@ -217,12 +227,15 @@ def rms_norm(x: Tensor, weight_E: Tensor, eps: float, *, residual: Tensor | None
 
 def layer_norm(x: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, *, residual: Tensor | None = None, backend: str = "torch"):
     """LayerNorm over the last dimension: x [..., E]. With `residual`: (norm of x + residual, x + residual)."""
-    if backend == "triton":
+    if arguments.on_triton(backend):
         from .norm import layer_norm as kernel
 
         return kernel(x, weight_E, bias_E, eps, residual)
+    arguments.norm("layer_norm", x, residual, backend, weight_E=weight_E, bias_E=bias_E)
     total = x if residual is None else x + residual
-    normed = F.layer_norm(total, weight_E.shape, weight_E, bias_E, eps)
+    # torch takes weights of another dtype on some devices only.
+    dtype = x.dtype if weight_E.dtype == bias_E.dtype == x.dtype else reference.wide_dtype(x)
+    normed = F.layer_norm(total.to(dtype), weight_E.shape, weight_E.to(dtype), bias_E.to(dtype), eps).to(x.dtype)
     return normed if residual is None else (normed, total)
 
 
@@ -231,43 +244,42 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by the angles of `rope_angles` ([1 or B, T, R], float32), in the half layout of Llama or, with
     `interleaved`, that of GPT-J. Where 2R is less than D the rest of a head passes through."""
-    if backend == "triton":
+    if arguments.on_triton(backend):
         from .rope import rope as kernel
 
         return kernel(q_BTHD, k_BTGD, cos_BTR, sin_BTR, interleaved)
+    arguments.rope(q_BTHD, k_BTGD, cos_BTR, sin_BTR, backend)
     return tuple(fused.Rope.apply(x_BTHD, cos_BTR, sin_BTR, interleaved) for x_BTHD in (q_BTHD, k_BTGD))
 
 
 def glu(gate: Tensor, up: Tensor, kind: str, *, backend: str = "torch") -> Tensor:
     """act(gate) * up, elementwise: swiglu (SiLU), geglu (exact GELU) or geglu_tanh."""
-    if kind not in ("swiglu", "geglu", "geglu_tanh"):
-        raise ValueError(f"glu {kind!r}: expected swiglu, geglu or geglu_tanh")
-    if backend == "triton":
+    if arguments.on_triton(backend):
         from .mlp import glu as kernel
 
         return kernel(gate, up, kind)
+    arguments.glu(gate, up, kind, backend)
     return fused.Glu.apply(gate, up, kind)
 
 
 def gated_linear(x: Tensor, gate_FE: Tensor, up_FE: Tensor, kind: str, *, backend: str = "torch") -> Tensor:
     """act(x gate^T) * (x up^T), kinds as for `glu`: x [..., E] -> [..., F]. On Triton one kernel, and neither product is kept."""
-    if kind not in ("swiglu", "geglu", "geglu_tanh"):
-        raise ValueError(f"gated_linear {kind!r}: expected swiglu, geglu or geglu_tanh")
-    if backend == "triton":
+    triton = arguments.on_triton(backend)
+    arguments.gated_linear(x, gate_FE, up_FE, kind, backend)
+    if triton:
         from .gated_linear import gated_linear as kernel
 
-        return kernel(x.reshape(-1, x.shape[-1]), gate_FE, up_FE, kind).view(*x.shape[:-1], -1)
+        return kernel(fused.flat(x), gate_FE, up_FE, kind).view(*x.shape[:-1], gate_FE.shape[0])
     return glu(F.linear(x, gate_FE), F.linear(x, up_FE), kind)
 
 
 def activation(x: Tensor, kind: str, *, backend: str = "torch") -> Tensor:
     """gelu (exact), gelu_tanh or relu2 (squared ReLU), elementwise."""
-    if kind not in ("gelu", "gelu_tanh", "relu2"):
-        raise ValueError(f"activation {kind!r}: expected gelu, gelu_tanh or relu2")
-    if backend == "triton":
+    if arguments.on_triton(backend):
         from .mlp import activation as kernel
 
         return kernel(x, kind)
+    arguments.activation(x, kind, backend)
     if kind == "relu2":
         return F.relu(x).square()
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
@@ -287,18 +299,22 @@ def linear_cross_entropy(
     """Cross entropy of softmax(hidden weight^T + bias) without the logits of the whole batch in memory.
 
     Returns (loss summed over the targets, float32; number of targets, int64), both scalars; a target of -100 has no loss and
-    no gradient, and (0, 0) is the value of a batch of those. Rows of `weight_VE` beyond the tokenizer's take part in the
-    softmax like any other. The gradients are formed in the forward pass when any is needed, so backward runs once.
+    no gradient, and (0, 0) is the value of a batch of those. Targets are int64 or int32; another one outside the vocabulary is
+    an error where a value may be looked at, in torch on the host (IndexError), and makes loss and gradients NaN on Triton. Rows
+    of `weight_VE` beyond the tokenizer's take part in the softmax like any other. Weight and bias are taken in the dtype of the
+    hidden states. The gradients are formed in the forward pass when any is needed, so backward runs once.
 
     z_loss     adds z_loss * logsumexp^2 a target (Chowdhery et al. 2022, PaLM, section 5)
     cap        bounds the logits to cap * tanh(logits / cap), where it is above 0 (Gemma Team 2024, Gemma 2, section 2)
     smoothing  spreads that share of each target over the whole vocabulary (Szegedy et al. 2016, section 7)
     """
     options = {"z_loss": z_loss, "cap": cap, "smoothing": smoothing}
-    if backend == "triton":
+    if arguments.on_triton(backend):
         from .cross_entropy import linear_cross_entropy as kernel
 
         return kernel(hidden_NE, weight_VE, target_N, bias_V, **options)
+    arguments.linear_cross_entropy(hidden_NE, weight_VE, target_N, bias_V, **options, backend=backend)
+    weight_VE, bias_V = (None if t is None else t.to(hidden_NE.dtype) for t in (weight_VE, bias_V))
     need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_NE, weight_VE, bias_V))
     return fused.LinearCrossEntropy.apply(
         hidden_NE, weight_VE, bias_V, target_N, need_grad, *(options.values() if any(options.values()) else ())

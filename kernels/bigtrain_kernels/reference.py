@@ -51,15 +51,13 @@ def seen_keys(T: int, S: int, causal: bool, document_BT: Tensor | None, window: 
     return _narrow(place_T, first, end, causal, window)
 
 
-def packed_keys(end_query: Tensor, end_key: Tensor, causal: bool, window: int | None) -> tuple[Tensor, Tensor, int]:
-    """The ranges of sequences laid end to end, by the running totals of their lengths; and the number of keys."""
+def packed_keys(end_query: Tensor, end_key: Tensor, T: int, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+    """The ranges of T queries of sequences laid end to end, by the running totals of the lengths."""
     lengths = end_query.diff()
-    T, S = int(end_query[-1]), int(end_key[-1])
     each = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=T)
     place_T = torch.arange(T, device=lengths.device) - end_query[1:][each] + end_key[1:][each]
     first, end = (end_key[each].expand(1, T), end_key[1:][each].expand(1, T))
-    first, end = _narrow(place_T, first, end, causal, window)
-    return first, end, S
+    return _narrow(place_T, first, end, causal, window)
 
 
 def _narrow(place_T: Tensor, first: Tensor, end: Tensor, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
@@ -113,15 +111,15 @@ def scores_to_output(
     if cap:
         score_BHTS = cap * torch.tanh(score_BHTS / cap)
     hidden = ~(visible(T, S, causal, None, q.device) if visible_BHTS is None else visible_BHTS)
-    score_BHTS = score_BHTS.masked_fill(hidden, torch.finfo(q.dtype).min)
-    extra = [] if sink_H is None else [wide(sink_H)[None, :, None, None].expand(B, H, T, 1)]
+    least = torch.finfo(q.dtype).min
+    score_BHTS = score_BHTS.masked_fill(hidden, least)
+    # Of a sink of -inf where nothing is seen no finite score is left: -inf in a log-sum-exp of nothing else has no gradient.
+    extra = [] if sink_H is None else [wide(sink_H).clamp_min(least)[None, :, None, None].expand(B, H, T, 1)]
     lse_BHT1 = torch.cat([score_BHTS, *extra], -1).logsumexp(-1, keepdim=True)
     p_BHTS = torch.exp(score_BHTS - lse_BHT1).masked_fill(hidden, 0)
     out_BTHD = torch.einsum("bhts,bshd->bthd", p_BHTS, v).to(q_BTHD.dtype)
-    lse_BHT = lse_BHT1.squeeze(-1)
-    if sink_H is None:
-        lse_BHT = lse_BHT.masked_fill(hidden.all(-1), float("-inf"))
-    return out_BTHD, lse_BHT
+    nothing = hidden.all(-1) if sink_H is None else hidden.all(-1) & (sink_H == float("-inf"))[:, None]
+    return out_BTHD, lse_BHT1.squeeze(-1).masked_fill(nothing, float("-inf"))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

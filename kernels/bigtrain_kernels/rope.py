@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import arguments
 from .launch import ARCHITECTURES, INTERPRETED, Case, Launch, architecture, operator
 
 # Launches. Keys: architecture, pairs up to which it serves, bytes of an element. ROWS of a tile are HEADS, or as many as there are,
@@ -88,9 +89,9 @@ def forward(
     (B, T, H, D), G, R = q_BTHD.shape, k_BTGD.shape[2], cos_BTR.shape[-1]
     q, k = (x if x.stride(-1) == 1 or inplace else x.contiguous() for x in (q_BTHD, k_BTGD))
     q_out, k_out = (x if inplace else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    cos, sin = cos_BTR.contiguous(), sin_BTR.contiguous()
+    cos, sin = (x.contiguous() for x in torch.broadcast_tensors(cos_BTR, sin_BTR))
     launch = TABLE[architecture(), next(pairs for pairs in PAIRS if pairs >= R), q.element_size()]
-    heads = min(triton.next_power_of_2(min(H, G)), launch.blocks["HEADS"])
+    heads = min(triton.next_power_of_2(max(1, min(H, G))), launch.blocks["HEADS"])
     positions = launch.blocks["ROWS"] // heads
     blocks = triton.cdiv(T, positions)
     if B * T:
@@ -128,7 +129,21 @@ _rope_op.register_autograd(_gradients, setup_context=_save)
 
 @operator("bigtrain::rope_", mutates_args=("q", "k"))
 def _rope_op_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    if q.numel() and q.data_ptr() == k.data_ptr():
+        raise ValueError("rope: q_BTHD and k_BTGD are the same memory: in place it would be rotated twice")
+    for name, x in (("q_BTHD", q), ("k_BTGD", k)):
+        if _overlaps(x):
+            raise ValueError(f"rope: {name} has elements that share memory, strides {x.stride()}: in place they would be rotated twice")
     forward(q, k, cos, sin, interleaved, False, inplace=True)
+
+
+def _overlaps(x: Tensor) -> bool:
+    reach = 1
+    for stride, size in sorted(zip(x.stride(), x.shape)):
+        if size > 1 and stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 class _InPlace(torch.autograd.Function):
@@ -158,22 +173,15 @@ def rope(
     queries and keys instead: for inference, since where gradients are recorded autograd refuses it to views and to values that
     are still needed. The angles get no gradient.
 
-    Raises ValueError for shapes or dtypes that do not match, and for more than 128 pairs.
+    Raises ValueError for shapes or dtypes that do not match, for more than 128 pairs, and in place for elements that share memory.
     """
-    (B, T, _, D), R = q_BTHD.shape, cos_BTR.shape[-1]
-    if q_BTHD.dtype != k_BTGD.dtype or q_BTHD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"queries {q_BTHD.dtype} and keys {k_BTGD.dtype}: expected the same of bfloat16, float16 and float32")
-    if k_BTGD.shape[:2] != (B, T) or k_BTGD.shape[3] != D:
-        raise ValueError(f"keys {list(k_BTGD.shape)}: expected [{B}, {T}, G, {D}], as the queries {list(q_BTHD.shape)}")
-    for angle in (cos_BTR, sin_BTR):
-        if angle.shape not in ((1, T, R), (B, T, R)) or angle.dtype != torch.float32:
-            raise ValueError(f"angles {list(angle.shape)} {angle.dtype}: expected [1 or {B}, {T}, R], float32")
-    if not 0 < 2 * R <= min(D, 2 * PAIRS[-1]):
-        raise ValueError(f"{R} pairs to rotate in {D} elements: at most half as many, and {PAIRS[-1]}")
+    arguments.rope(q_BTHD, k_BTGD, cos_BTR, sin_BTR, "triton")
+    if cos_BTR.shape[-1] > PAIRS[-1]:
+        arguments.refuse("rope: cos_BTR", cos_BTR, f"R of {PAIRS[-1]} at most")
     if not inplace:
         return _rope_op(q_BTHD, k_BTGD, cos_BTR, sin_BTR, interleaved, False)
     if q_BTHD.stride(-1) != 1 or k_BTGD.stride(-1) != 1:
-        raise ValueError("in place the last dimension of queries and keys must be contiguous")
+        raise ValueError("rope: in place the last dimension of q_BTHD and k_BTGD must be contiguous")
     return _InPlace.apply(q_BTHD, k_BTGD, cos_BTR, sin_BTR, interleaved)
 
 

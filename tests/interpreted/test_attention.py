@@ -128,6 +128,21 @@ def test_sink(kind):
     compare(inputs(2, 65, 65, 4, 2, 32, F32), causal=True, sink=torch.randn(4), **kind)
 
 
+def test_sinks_with_gaps():
+    """A column of a matrix, and one number for all heads."""
+    tensors, sink = inputs(1, 20, 20, 4, 2, 32, F32), torch.randn(4)
+    for gaps, dense in ((torch.stack([sink, 9 * sink], 1)[:, 0], sink), (sink[:1].expand(4), sink[:1].repeat(4))):
+        ours, true = (
+            results(
+                lambda q, k, v, s: ops.attention(q, k, v, causal=True, sink_H=s, backend="triton"),
+                [*tensors, s],
+                [torch.ones(1, 20, 4, 32)],
+            )
+            for s in (gaps, dense)
+        )
+        assert all(map(torch.equal, ours, true))
+
+
 def test_queries_that_see_nothing():
     tensors = inputs(1, 97, 33, 2, 1, 32, F32)
     out, lse = ops.attention(*tensors, causal=True, return_lse=True, backend="triton")
