@@ -29,31 +29,34 @@ def _own(x: Tensor) -> Tensor:
 
 
 class RmsNorm(torch.autograd.Function):
-    """(x_NE, residual_NE or None, weight_E, eps) -> (normed sum, sum). Keeps the sum and one number a row."""
+    """(x [..., E], residual or None, weight_E, eps) -> (normed sum, sum). Keeps the sum and one number a row."""
 
     @staticmethod
-    def forward(ctx, x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, eps: float):
-        sum_NE = x_NE if residual_NE is None else x_NE + residual_NE
-        w_NE = _own(sum_NE)
-        rstd_N1 = torch.linalg.vector_norm(w_NE, dim=-1, keepdim=True).square().div(w_NE.shape[-1]).add(eps).rsqrt()
-        ctx.save_for_backward(sum_NE, weight_E, rstd_N1)
-        ctx.has_residual = residual_NE is not None
-        normed_NE = w_NE.mul_(rstd_N1).mul_(wide(weight_E)).to(x_NE.dtype)
-        return normed_NE, sum_NE if ctx.has_residual else None
+    def forward(ctx, x: Tensor, residual: Tensor | None, weight_E: Tensor, eps: float):
+        total = x if residual is None else x + residual
+        w = _own(total)
+        rstd = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square().div(w.shape[-1]).add(eps).rsqrt()
+        ctx.save_for_backward(total, weight_E, rstd)
+        ctx.has_residual = residual is not None
+        normed = w.mul_(rstd).mul_(wide(weight_E)).to(x.dtype)
+        return normed, total if ctx.has_residual else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_NE: Tensor, grad_sum_NE: Tensor | None):
+    def backward(ctx, grad: Tensor, grad_sum: Tensor | None):
         # With u = x * rstd and s = weight: dx = rstd * (g s - u mean(g s u)), ds = sum over rows of g u.
-        sum_NE, weight_E, rstd_N1 = ctx.saved_tensors
+        total, weight_E, rstd = ctx.saved_tensors
+        sum_NE, grad_NE, rstd_N1 = (t.reshape(-1, t.shape[-1]) for t in (total, grad, rstd))
         scale_E, x_NE, g_NE = wide(weight_E), wide(sum_NE), _own(grad_NE)
         gx_NE = g_NE * x_NE
         grad_weight_E = (rstd_N1.t() @ gx_NE).squeeze(0).to(weight_E.dtype)
         mean_N1 = (gx_NE @ scale_E).div(scale_E.shape[0]).unsqueeze(-1) * rstd_N1.square()
-        grad_x_NE = g_NE.mul_(scale_E).addcmul_(x_NE, mean_N1, value=-1).mul_(rstd_N1).to(grad_NE.dtype)
-        if grad_sum_NE is not None:
-            grad_x_NE += grad_sum_NE
-        return grad_x_NE, grad_x_NE if ctx.has_residual else None, grad_weight_E, None
+        grad_x = g_NE.mul_(scale_E).addcmul_(x_NE, mean_N1, value=-1).mul_(rstd_N1).to(grad.dtype).view(total.shape)
+        if grad_sum is not None:
+            grad_x += grad_sum
+        # One tensor object for both: autograd copies it for a leaf while another holds it. Two views of it would be stolen as two
+        # gradients in the same memory: so this function takes x in its own shape.
+        return grad_x, grad_x if ctx.has_residual else None, grad_weight_E, None
 
 
 def _rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Tensor:

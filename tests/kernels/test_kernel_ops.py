@@ -127,6 +127,19 @@ def test_norms_against_torch():
     torch.testing.assert_close(reference.layer_norm(x, weight, bias, 1e-5), torch.nn.functional.layer_norm(x, (8,), weight, bias, 1e-5))
 
 
+@pytest.mark.parametrize("norm", [ops.rms_norm, ops.layer_norm])
+def test_gradients_of_both_leaves_of_a_norm_accumulate(norm):
+    """x and the residual have one gradient: in one memory, the second backward pass would add to it twice."""
+    leaves = rand(2, 3, 8), rand(2, 3, 8)
+    affine = [torch.ones(8, dtype=F64)] * (2 if norm is ops.layer_norm else 1)
+    outs = norm(leaves[0], *affine, 1e-2, residual=leaves[1])[0]
+    once = torch.autograd.grad(outs.sin().sum(), leaves, retain_graph=True)
+    for _ in range(3):
+        outs.sin().sum().backward(retain_graph=True)
+    for leaf, grad in zip(leaves, once):
+        torch.testing.assert_close(leaf.grad, 3 * grad)
+
+
 def test_rms_norm_leaves_its_input_alone():
     x = torch.randn(4, 8)
     before = x.clone()
