@@ -98,9 +98,9 @@ def statistics(
 @triton.jit
 def _store_gradients(
     product, target, lse, GRAD, BIAS, n, height, width, V, stride_g, cap, on_target, on_all, z_loss,
-    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr,
+    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """dloss / dlogits of the columns from n of the vocabulary on, at GRAD, where there is room for `height` rows and `width` columns."""
+    """LIFT dloss / dlogits of the columns from n of the vocabulary on, at GRAD: room there for `height` rows and `width` columns."""
     rows, columns = tl.arange(0, product.shape[0]), tl.arange(0, product.shape[1])
     logits = _logits(product, n + columns, BIAS, V, cap, BIASED, CAP)
     grad = tl.exp(logits - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None] - on_all
@@ -109,6 +109,8 @@ def _store_gradients(
         share = logits * (1.0 / cap)
         grad *= 1.0 - share * share
     grad = tl.where(target[:, None] == IGNORED, 0.0, grad)
+    if LIFT != 1:
+        grad *= LIFT
     mask = (rows < height)[:, None] & (columns < width)[None, :]
     tl.store(GRAD + rows[:, None] * stride_g + columns[None, :], grad.to(GRAD.dtype.element_ty), mask=mask)
 
@@ -117,9 +119,9 @@ def _store_gradients(
 def logit_gradients(
     HIDDEN, WEIGHT, BIAS, TARGET, LSE, GRAD, start, columns, N, V, E, stride_h, stride_w, stride_g, cap, on_target, on_all, z_loss,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, LIFT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dloss / dlogits, for the columns from `start` of the vocabulary on."""
+    """A tile of LIFT dloss / dlogits, for the columns from `start` of the vocabulary on."""
     block_m, block_n = grouped(tl.cdiv(N, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     m, n = block_m * BLOCK_M, block_n * BLOCK_N
     product = _product(HIDDEN, WEIGHT, m, start + n, N, V, E, stride_h, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
@@ -129,13 +131,15 @@ def logit_gradients(
     lse = tl.load(LSE + rows, mask=rows < N, other=0.0)
     GRAD += tl.cast(m, tl.int64) * stride_g + n
     _store_gradients(
-        left, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss, BIASED, CAP, IGNORED
-    )
+        left, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss,
+        BIASED, CAP, IGNORED, LIFT,
+    )  # fmt: skip
     GRAD += BLOCK_N // 2
     n += BLOCK_N // 2
     _store_gradients(
-        right, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss, BIASED, CAP, IGNORED
-    )
+        right, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss,
+        BIASED, CAP, IGNORED, LIFT,
+    )  # fmt: skip
 
 
 @triton.jit

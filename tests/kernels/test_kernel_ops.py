@@ -305,8 +305,33 @@ def test_second_backward_over_the_loss_is_refused():
     (h, w, b), target = loss_inputs()
     loss, _ = ops.linear_cross_entropy(h, w, target, b)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="backward runs once"):
         loss.backward()
+
+
+def test_second_backward_over_the_loss_is_refused_under_hooks():
+    """They hand autograd the saved tensor without its version: it would not notice that the gradients are scaled already."""
+    (h, w, b), target = loss_inputs()
+    with torch.autograd.graph.save_on_cpu():
+        loss = 0.5 * ops.linear_cross_entropy(h, w, target, b)[0]
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(h.grad, torch.autograd.grad(0.5 * reference.linear_cross_entropy(h, w, target, b)[0], h)[0])
+    with pytest.raises(RuntimeError, match="backward runs once"):
+        loss.backward()
+
+
+def test_range_of_fp16_gradients_of_the_loss():
+    """The loss scale comes after the gradients of rare tokens, as does the mean after the sum of a frequent one's."""
+    h, w = torch.randn(256, 32).half(), (2 * torch.randn(4096, 32)).half()
+    for hidden, weight, scale in ((h, w, 65536 / 256), (h + 300, w / 1000, 1 / 256)):
+        target = torch.randint(4096, (256,)) if scale > 1 else torch.full((256,), 7)
+        plain = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss = torch.nn.functional.cross_entropy((plain[0] @ plain[1].t()).float(), target, reduction="sum")
+        wanted = torch.autograd.grad(loss * scale, plain)[1]
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        found = torch.autograd.grad(ops.linear_cross_entropy(*leaves, target)[0] * scale, leaves)[1]
+        assert int((found == 0).all(1).sum()) <= 1.02 * int((wanted == 0).all(1).sum())
+        torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.01 * float(wanted.abs().max()))
 
 
 def test_loss_never_holds_all_logits():
