@@ -390,4 +390,4 @@ def _require(holds: Tensor, what: str) -> None:
 
 
 def _refusal(what: str) -> ValueError:
-    return ValueError(f'bigtrain\'s attention {what}; use attn_implementation="sdpa" or "eager" for this model')
+    return ValueError(f'bigtrain\'s attention {what}; use attn_implementation="eager", or "sdpa" where that computes it')
