@@ -390,4 +390,5 @@ def _require(holds: Tensor, what: str) -> None:
 
 
 def _refusal(what: str) -> ValueError:
-    return ValueError(f'bigtrain\'s attention {what}; use attn_implementation="eager", or "sdpa" where that computes it')
+    # No double quotes: torch.compile's C++ writes the message into a string as it is.
+    return ValueError(f"bigtrain's attention {what}; use attn_implementation='eager', or 'sdpa' where that computes it")

@@ -111,11 +111,11 @@ def logit_gradients_(
 ) -> None:  # fmt: skip
     """Writes dloss / dlogits of the columns start to start + C of the vocabulary into `out_NC`, lifted in fp16."""
     (N, E), V, C = hidden_NE.shape, len(weight_VE), out_NC.shape[1]
-    launch = PRODUCT[architecture(), hidden_NE.element_size()]
+    launch, by = PRODUCT[architecture(), hidden_NE.element_size()], lift(hidden_NE.dtype)
     kernels.logit_gradients[triton.cdiv(N, launch.blocks["BLOCK_M"]) * triton.cdiv(C, launch.blocks["BLOCK_N"]),](
         hidden_NE, weight_VE, lse_N if bias_V is None else bias_V, target_N, lse_N, out_NC, start, C, N, V, E,
-        hidden_NE.stride(0), weight_VE.stride(0), out_NC.stride(0), cap, 1 - smoothing, smoothing / V, z_loss,
-        **_flags(bias_V, cap, E % launch.blocks["BLOCK_K"] == 0), IGNORED=IGNORE, LIFT=lift(hidden_NE.dtype), **launch.arguments(),
+        hidden_NE.stride(0), weight_VE.stride(0), out_NC.stride(0), cap, by * (1 - smoothing), by * smoothing / V, by * z_loss,
+        **_flags(bias_V, cap, E % launch.blocks["BLOCK_K"] == 0), IGNORED=IGNORE, LIFT=by, **launch.arguments(),
     )  # fmt: skip
 
 

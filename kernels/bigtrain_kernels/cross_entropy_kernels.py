@@ -100,17 +100,17 @@ def _store_gradients(
     product, target, lse, GRAD, BIAS, n, height, width, V, stride_g, cap, on_target, on_all, z_loss,
     BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """LIFT dloss / dlogits of the columns from n of the vocabulary on, at GRAD: room there for `height` rows and `width` columns."""
+    """LIFT dloss / dlogits of the columns from n of the vocabulary on, at GRAD: room there for `height` rows and `width` columns.
+
+    on_target, on_all and z_loss have LIFT in them already."""
     rows, columns = tl.arange(0, product.shape[0]), tl.arange(0, product.shape[1])
     logits = _logits(product, n + columns, BIAS, V, cap, BIASED, CAP)
-    grad = tl.exp(logits - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None] - on_all
+    grad = tl.exp(logits - lse[:, None]) * (LIFT + 2.0 * z_loss * lse)[:, None] - on_all
     grad -= tl.where((n + columns)[None, :] == target[:, None], on_target, 0.0)
     if CAP:
         share = logits * (1.0 / cap)
         grad *= 1.0 - share * share
     grad = tl.where(target[:, None] == IGNORED, 0.0, grad)
-    if LIFT != 1:
-        grad *= LIFT
     mask = (rows < height)[:, None] & (columns < width)[None, :]
     tl.store(GRAD + rows[:, None] * stride_g + columns[None, :], grad.to(GRAD.dtype.element_ty), mask=mask)
 

@@ -128,7 +128,7 @@ def test_a_mask_of_four_dimensions(lowest, batch_heads):
     ],
 )
 def test_a_mask_that_is_no_range_of_keys_is_refused(mask, message):
-    with pytest.raises(ValueError, match=message + '.*use attn_implementation="eager"'):
+    with pytest.raises(ValueError, match=message + ".*use attn_implementation='eager'"):
         logits_under(mask.expand(2, 1 if mask.dim() == 2 else 4, *mask.shape[-2:]), "bigtrain")
 
 
@@ -146,7 +146,7 @@ def test_a_mask_with_gaps_is_refused(compiled):
 def test_a_position_bias_is_refused():
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0.0))
     t5.set_attn_implementation("bigtrain")
-    with pytest.raises(ValueError, match='does not compute position_bias; use attn_implementation="eager"'):
+    with pytest.raises(ValueError, match="does not compute position_bias; use attn_implementation='eager'"):
         t5(input_ids=TOKENS, decoder_input_ids=TOKENS)
     shape = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8)
     beit = BeitModel(BeitConfig(**shape, use_relative_position_bias=True, attention_probs_dropout_prob=0.0))
