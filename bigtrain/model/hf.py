@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -288,44 +289,106 @@ def register_attention(name: str = "bigtrain") -> None:
     """Make bigtrain's attention one of transformers': `from_pretrained(..., attn_implementation="bigtrain")`.
 
     It runs the Triton kernels on a GPU and torch's attention on a CPU. Causal, bidirectional, padded, packed and sliding-window
-    models work, with grouped heads, soft-capped scores and sinks: whatever mask shows each query one run of keys.
+    models work, with grouped heads, soft-capped scores and sinks: whatever mask shows each query one run of keys, with neither end
+    of it ever going back. Static caches work, and 4-d masks of one's own, which every layer then converts again. What else a
+    model asks of its attention, such as T5's position bias, is refused. torch.compile finds one graph.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(name, _attend)
+    chosen = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto"
+    backends = {device: resolve_backends(device, chosen).attention for device in ("cpu", "cuda")}
+    AttentionInterface.register(name, partial(_attend, backends))
     AttentionMaskInterface.register(name, _seen_keys)
 
 
+_WITHOUT_EFFECT = frozenset({
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "logits_to_keep", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx", "sliding_window",
+    "use_cache",
+})  # fmt: skip
+"""Keywords of attention functions that are meant for others or that the mask has in it already: windows and packed sequences."""
+
+_HIDDEN = -1e4
+"""What a mask adds to a score from here down hides the key: exp gives 0."""
+
+
 def _attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None,
-    dropout: float = 0.0, is_causal: bool | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    backends: dict[str, str], module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, softcap: float | None = None,
+    s_aux: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function: query [B, H, T, D], key and value [B, G, S, D] -> [B, T, H, D]; the mask is `_seen_keys`'s."""
+    """transformers' attention function: query [B, H, T, D], key and value [B, G, S, D] -> [B, T, H, D].
+
+    Raises ValueError for a keyword that would change the result, and for a mask that is no range of keys for each query.
+    """
     if dropout:
         raise ValueError("bigtrain's attention has no dropout: set the model's attention dropout to 0")
+    unknown = [name for name, given in others.items() if name not in _WITHOUT_EFFECT and given is not None and given is not False]
+    if unknown:
+        raise _refusal(f"does not compute {', '.join(unknown)}")
+    T, S = query.shape[2], key.shape[2]
+    causal = attention_mask is None and T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if causal and T < S:  # the first tokens of a static cache, which is empty beyond them
+        key, value = key[:, :, :T], value[:, :, :T]
     q_BTHD, k_BSGD, v_BSGD = (x.transpose(1, 2) for x in (query, key, value))
-    backend = resolve_backends(query.device, "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto").attention
-    mask = None if attention_mask is None else range_mask(*attention_mask.unbind(1), key.shape[2], query.dtype, backend)
-    causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
+    backend, mask = backends.get(query.device.type, "torch"), None
+    if attention_mask is not None:
+        prepared = attention_mask.dtype == torch.int32 and attention_mask.shape[1:] == (2, T, 1)
+        ranges_B2T1 = attention_mask if prepared else _ranges(_shown(attention_mask, T, S))
+        mask = range_mask(*ranges_B2T1.squeeze(-1).unbind(1), S, query.dtype, backend)
     options = {"scale": scaling, "cap": softcap or 0.0, "sink_H": s_aux}
     return attention(q_BTHD, k_BSGD, v_BSGD, causal=causal, mask=mask, backend=backend, **options), None
 
 
 def _seen_keys(*positions: Any, **options: Any) -> Tensor | None:
-    """transformers' mask function: the first key that each query sees and the end of those, int32 [B, 2, T]; None where the
-    model's own order says it. Raises ValueError for a mask that shows a query keys with a gap between them."""
+    """transformers' mask function: `_ranges`, in four dimensions, which transformers takes for a mask that is ready; None where the
+    model's own order says it. Raises ValueError as `_ranges` does."""
     from transformers.masking_utils import sdpa_mask
 
-    seen_BHTS = sdpa_mask(*positions, **options)
-    if seen_BHTS is None:
-        return None
-    seen_BTS = seen_BHTS[:, 0]
+    seen_B1TS = sdpa_mask(*positions, **options)
+    return None if seen_B1TS is None else _ranges(seen_B1TS[:, 0])
+
+
+def _shown(mask: Tensor, T: int, S: int) -> Tensor:
+    """Which keys a mask shows that transformers passes on as it is, [1 or B, T, S]; ValueError where it is none of that kind."""
+    shape = tuple(mask.shape)
+    if mask.dim() != 4 or shape[2] not in (1, T) or shape[3] < S or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise _refusal(f"needs a boolean or floating-point mask [batch, heads, {T}, {S}], found {mask.dtype} {list(shape)}")
+    mask = mask[..., :S].expand(-1, -1, T, -1)
+    if mask.dtype != torch.bool:
+        _require(((mask == 0) | (mask <= _HIDDEN)).all(), f"takes masks of 0 and of {_HIDDEN:.0f} or less, and adds no bias to a score")
+        mask = mask == 0
+    if shape[1] > 1:
+        _require((mask == mask[:, :1]).all(), "needs one mask for all heads")
+    return mask[:, 0]
+
+
+def _ranges(seen_BTS: Tensor) -> Tensor:
+    """The first key that each query sees and the end of those: int32 [B, 2, T, 1], neither ever decreasing along T.
+
+    Raises ValueError for a mask that has no such ranges; in a graph of torch.compile they are asserted.
+    """
     count_BT, first_BT = seen_BTS.sum(-1), seen_BTS.int().argmax(-1)
     end_BT = first_BT + count_BT
     key = torch.arange(seen_BTS.shape[-1], device=seen_BTS.device)
-    if not torch.equal(seen_BTS, (key >= first_BT[..., None]) & (key < end_BT[..., None])):
-        raise ValueError("bigtrain's attention needs masks in which the keys that a query sees follow one another")
-    # A query that sees nothing has an empty range, placed so that ranges never go back.
-    first_BT, end_BT = (x.where(count_BT > 0, 0).cummax(-1).values for x in (first_BT, end_BT))
-    first_BT = first_BT.where(count_BT > 0, end_BT)
-    return torch.stack([first_BT, end_BT], 1).int()
+    run_BTS = (key >= first_BT[..., None]) & (key < end_BT[..., None])
+    _require((seen_BTS == run_BTS).all(), "needs masks in which the keys that a query sees follow one another")
+    # A query that sees nothing has an empty range where those before it end.
+    last_BT = end_BT.where(count_BT > 0, 0).cummax(-1).values
+    first_BT, end_BT = (x.where(count_BT > 0, last_BT) for x in (first_BT, end_BT))
+    ordered = (first_BT.diff() >= 0).all() & (end_BT.diff() >= 0).all()
+    _require(ordered, "needs masks in which neither the first nor the last key that a query sees lies before that of the query before it")
+    return torch.stack([first_BT, end_BT], 1)[..., None].int()
+
+
+def _require(holds: Tensor, what: str) -> None:
+    """ValueError unless it holds; where torch.compile is tracing, which cannot look, an assertion in the graph."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds, str(_refusal(what)))
+    elif not holds:
+        raise _refusal(what)
+
+
+def _refusal(what: str) -> ValueError:
+    # No double quotes: torch.compile's C++ writes the message into a string as it is.
+    return ValueError(f"bigtrain's attention {what}; use attn_implementation='eager', or 'sdpa' where that computes it")

@@ -19,6 +19,11 @@ growing with the chunks; small terms vanish), in float32 it takes 4 V E bytes mo
 rounded at all. In exchange the hidden states' gradient is the one that grows chunk by chunk. It does so in two halves, the
 gradient that is returned and what its rounding left (`rest`), 16 bits of mantissa between them in bf16 and 22 in fp16.
 
+fp16 has the mantissa but not the range: what is formed here is the gradient of a loss of weight 1, before a loss scale can protect
+it. So dloss / dl is lifted there (`fused.lift`), and each row of the weight's gradient by a power of two of its own, as far as
+its sum over tokens cannot overflow (`fused.lift_columns_`); the backward pass takes both back when it multiplies by the loss's weight.
+Two more passes over each chunk, then, one of which writes: 6 bytes an element beside the 6 of the products.
+
 Workspace, bytes: N (E + C) size, with C = V / 16 - E (at least SMALLEST_CHUNK) so that the sum is a sixteenth of the logits;
 N C size for float32, which needs no rest. At 8,192 tokens, V 128,256, E 4,096, bf16: 67 MB of rest and 63 MB of chunk, where the
 logits would be 2,101 MB. The second pass moves 0.7 GB in each of its 34 steps there (the chunk once out and twice in, hidden twice,
@@ -38,6 +43,7 @@ from torch import Tensor
 
 from . import arguments
 from . import cross_entropy_kernels as kernels
+from .fused import begin_backward, lift, lift_columns_, peak, scale_
 from .launch import INTERPRETED, Case, Launch, architecture, operator
 from .reference import IGNORE
 
@@ -114,13 +120,13 @@ def logit_gradients_(
     out_NC: Tensor, start: int, hidden_NE: Tensor, weight_VE: Tensor, target_N: Tensor, bias_V: Tensor | None, lse_N: Tensor, *,
     z_loss: float, cap: float, smoothing: float,
 ) -> None:  # fmt: skip
-    """Writes dloss / dlogits of the columns start to start + C of the vocabulary into `out_NC`."""
+    """Writes dloss / dlogits of the columns start to start + C of the vocabulary into `out_NC`, lifted in fp16."""
     (N, E), V, C = hidden_NE.shape, len(weight_VE), out_NC.shape[1]
-    launch = PRODUCT[_key(hidden_NE, weight_VE, out_NC)]
+    launch, by = PRODUCT[_key(hidden_NE, weight_VE, out_NC)], lift(hidden_NE.dtype)
     kernels.logit_gradients[triton.cdiv(N, launch.blocks["BLOCK_M"]) * triton.cdiv(C, launch.blocks["BLOCK_N"]),](
         hidden_NE, weight_VE, lse_N if bias_V is None else bias_V, target_N, lse_N, out_NC, start, C, N, V, E,
-        hidden_NE.stride(0), weight_VE.stride(0), out_NC.stride(0), cap, 1 - smoothing, smoothing / V, z_loss,
-        **_flags(bias_V, cap, E % launch.blocks["BLOCK_K"] == 0), IGNORED=IGNORE, **launch.arguments(),
+        hidden_NE.stride(0), weight_VE.stride(0), out_NC.stride(0), cap, by * (1 - smoothing), by * smoothing / V, by * z_loss,
+        **_flags(bias_V, cap, E % launch.blocks["BLOCK_K"] == 0), IGNORED=IGNORE, LIFT=by, **launch.arguments(),
     )  # fmt: skip
 
 
@@ -142,16 +148,19 @@ def _flags(bias_V: Tensor | None, cap: float, even: bool) -> dict[str, object]:
 def forward(
     hidden_NE: Tensor, weight_VE: Tensor, target_N: Tensor, bias_V: Tensor | None, *, z_loss: float, cap: float, smoothing: float,
     need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, count, gradients of hidden, weight and bias); a gradient that is not needed is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, count, gradients of hidden, weight and bias, lift_V); a gradient that is not needed is empty.
+
+    In fp16 the gradients are `lift` times too large, and those of weight and bias by row `lift_V` times more; else it is empty.
+    """
     (N, E), V = hidden_NE.shape, len(weight_VE)
     hidden_NE, weight_VE, target_N, bias_V = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (hidden_NE, weight_VE, target_N, bias_V)
     )
     kept_N = target_N != IGNORE
-    grads = _gradients_like(hidden_NE, weight_VE, bias_V, need_hidden, need_weight, need_bias)
+    *grads, lift_V = _gradients_like(hidden_NE, weight_VE, bias_V, need_hidden, need_weight, need_bias)
     if N == 0:
-        return hidden_NE.new_zeros((), dtype=torch.float32), kept_N.sum(), *(g.zero_() for g in grads)
+        return hidden_NE.new_zeros((), dtype=torch.float32), kept_N.sum(), *(g.zero_() for g in grads), lift_V.fill_(1)
     lse_N, picked_N = statistics(hidden_NE, weight_VE, target_N, bias_V, cap, smoothing)
     # Neither a loss nor a gradient for a target that does not exist: both are taken from this.
     lse_N = lse_N.where((target_N >= 0) & (target_N < V), float("nan"))
@@ -159,6 +168,7 @@ def forward(
     if need_hidden or need_weight or need_bias:
         grad_hidden_NE, grad_weight_VE, grad_bias_V = grads
         C = chunk_columns(V, E, hidden_NE.element_size())
+        largest = peak(hidden_NE) if len(lift_V) else None
         chunk_NC = hidden_NE.new_empty(N, C)
         rest_NE = torch.empty_like(grad_hidden_NE) if need_hidden and C < V and hidden_NE.element_size() < 4 else None
         for start in range(0, V, C):
@@ -170,25 +180,29 @@ def forward(
             grad_NC = out_NC[:, :width]
             if need_hidden:
                 add_hidden_gradients_(grad_hidden_NE, rest_NE, grad_NC, weight_VE[columns], first=start == 0)
+            if len(lift_V):
+                lift_V[columns] = lift_columns_(grad_NC, largest)
             if need_weight:
                 torch.mm(grad_NC.t(), hidden_NE, out=grad_weight_VE[columns])
             if need_bias:
                 grad_bias_V[columns] = grad_NC.sum(0, dtype=torch.float32)
-    return loss_N.sum(), kept_N.sum(), *grads
+    return loss_N.sum(), kept_N.sum(), *grads, lift_V
 
 
 def _gradients_like(
     hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, need_hidden: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = (hidden_NE, need_hidden), (weight_VE, need_weight), (hidden_NE if bias_V is None else bias_V, need_bias)
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in like)
+    lifted = lift(hidden_NE.dtype) > 1 and (need_weight or need_bias)
+    grads = (x.new_empty(x.shape if need else 0) for x, need in like)
+    return *grads, weight_VE.new_empty(len(weight_VE) if lifted else 0, dtype=torch.float32)
 
 
 @operator("bigtrain::linear_cross_entropy")
 def loss_and_gradients(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, z_loss: float, cap: float, smoothing: float,
     need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The registered operator: (loss, count, and what `forward` gives of the gradients for a loss of weight 1)."""
     options = {"z_loss": z_loss, "cap": cap, "smoothing": smoothing}
     return forward(hidden, weight, target, bias, **options, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias)
@@ -208,13 +222,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_loss, *_):
-    def scaled(grad: Tensor) -> Tensor:
-        # In place: no second gradient of the size of the weight, and autograd refuses a second backward pass, as it does over
-        # freed buffers. A graph that is being traced gets a plain product, and its compiler decides.
-        return grad.mul_(grad_loss) if type(grad) is Tensor else grad * grad_loss
-
+    begin_backward(ctx)
+    *grads, lift_V = ctx.saved_tensors
+    factor = grad_loss / lift(grads[0].dtype)
+    factors = (factor, (factor / lift_V)[:, None], factor / lift_V) if lift_V.numel() else (factor,) * 3
     needs = ctx.need_hidden, ctx.need_weight, ctx.need_bias
-    hidden, weight, bias = (scaled(grad) if need else None for grad, need in zip(ctx.saved_tensors, needs, strict=True))
+    hidden, weight, bias = (scale_(grad, by) if need else None for grad, by, need in zip(grads, factors, needs, strict=True))
     return hidden, weight, None, bias, *(None,) * 6
 
 

@@ -100,12 +100,14 @@ def statistics(
 @triton.jit
 def _store_gradients(
     product, target, lse, GRAD, BIAS, n, height, width, V, stride_g, cap, on_target, on_all, z_loss,
-    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, EXACT: tl.constexpr,
+    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, LIFT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dloss / dlogits of the columns from n of the vocabulary on, at GRAD, where there is room for `height` rows and `width` columns."""
+    """LIFT dloss / dlogits of the columns from n of the vocabulary on, at GRAD: room there for `height` rows and `width` columns.
+
+    on_target, on_all and z_loss have LIFT in them already."""
     rows, columns = tl.arange(0, product.shape[0]), tl.arange(0, product.shape[1])
     logits = _logits(product, n + columns, BIAS, V, cap, BIASED, CAP, EXACT)
-    grad = tl.exp(logits - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None] - on_all
+    grad = tl.exp(logits - lse[:, None]) * (LIFT + 2.0 * z_loss * lse)[:, None] - on_all
     grad -= tl.where((n + columns)[None, :] == target[:, None], on_target, 0.0)
     if CAP:
         share = logits * (1.0 / cap)
@@ -119,9 +121,9 @@ def _store_gradients(
 def logit_gradients(
     HIDDEN, WEIGHT, BIAS, TARGET, LSE, GRAD, start, columns, N, V, E, stride_h, stride_w, stride_g, cap, on_target, on_all, z_loss,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BIASED: tl.constexpr, CAP: tl.constexpr, IGNORED: tl.constexpr, LIFT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dloss / dlogits, for the columns from `start` of the vocabulary on."""
+    """A tile of LIFT dloss / dlogits, for the columns from `start` of the vocabulary on."""
     block_m, block_n = grouped(tl.cdiv(N, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     EXACT: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     m, n = block_m * BLOCK_M, block_n * BLOCK_N
@@ -132,47 +134,15 @@ def logit_gradients(
     lse = tl.load(LSE + rows, mask=rows < N, other=0.0)
     GRAD += tl.cast(m, tl.int64) * stride_g + n
     _store_gradients(
-        left,
-        target,
-        lse,
-        GRAD,
-        BIAS,
-        start + n,
-        N - m,
-        columns - n,
-        V,
-        stride_g,
-        cap,
-        on_target,
-        on_all,
-        z_loss,
-        BIASED,
-        CAP,
-        IGNORED,
-        EXACT,
-    )
+        left, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss,
+        BIASED, CAP, IGNORED, LIFT, EXACT,
+    )  # fmt: skip
     GRAD += BLOCK_N // 2
     n += BLOCK_N // 2
     _store_gradients(
-        right,
-        target,
-        lse,
-        GRAD,
-        BIAS,
-        start + n,
-        N - m,
-        columns - n,
-        V,
-        stride_g,
-        cap,
-        on_target,
-        on_all,
-        z_loss,
-        BIASED,
-        CAP,
-        IGNORED,
-        EXACT,
-    )
+        right, target, lse, GRAD, BIAS, start + n, N - m, columns - n, V, stride_g, cap, on_target, on_all, z_loss,
+        BIASED, CAP, IGNORED, LIFT, EXACT,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -29,32 +29,35 @@ def _own(x: Tensor) -> Tensor:
 
 
 class RmsNorm(torch.autograd.Function):
-    """(x_NE, residual_NE or None, weight_E, eps) -> (normed sum, sum). Keeps the sum and one number a row."""
+    """(x [..., E], residual or None, weight_E, eps) -> (normed sum, sum). Keeps the sum and one number a row."""
 
     @staticmethod
-    def forward(ctx, x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, eps: float):
-        sum_NE = x_NE if residual_NE is None else x_NE + residual_NE
-        w_NE = _own(sum_NE)
-        rstd_N1 = torch.linalg.vector_norm(w_NE, dim=-1, keepdim=True).square().div(w_NE.shape[-1]).add(eps).rsqrt()
-        ctx.save_for_backward(sum_NE, weight_E, rstd_N1)
-        ctx.has_residual = residual_NE is not None
-        normed_NE = w_NE.mul_(rstd_N1).mul_(wide(weight_E)).to(x_NE.dtype)
-        return normed_NE, sum_NE if ctx.has_residual else None
+    def forward(ctx, x: Tensor, residual: Tensor | None, weight_E: Tensor, eps: float):
+        total = x if residual is None else x + residual
+        w = _own(total)
+        rstd = torch.linalg.vector_norm(w, dim=-1, keepdim=True).square().div(w.shape[-1]).add(eps).rsqrt()
+        ctx.save_for_backward(total, weight_E, rstd)
+        ctx.has_residual = residual is not None
+        normed = w.mul_(rstd).mul_(wide(weight_E)).to(x.dtype)
+        return normed, total if ctx.has_residual else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_NE: Tensor, grad_sum_NE: Tensor | None):
+    def backward(ctx, grad: Tensor, grad_sum: Tensor | None):
         # With u = x * rstd and s = weight: dx = rstd * (g s - u mean(g s u)), ds = sum over rows of g u.
-        sum_NE, weight_E, rstd_N1 = ctx.saved_tensors
+        total, weight_E, rstd = ctx.saved_tensors
+        sum_NE, grad_NE, rstd_N1 = (t.reshape(-1, t.shape[-1]) for t in (total, grad, rstd))
         x_NE, g_NE = wide(sum_NE), _own(grad_NE)
         scale_E = weight_E.to(x_NE.dtype)
         gx_NE = g_NE * x_NE
         grad_weight_E = (rstd_N1.t() @ gx_NE).squeeze(0).to(weight_E.dtype)
         mean_N1 = (gx_NE @ scale_E).div(scale_E.shape[0]).unsqueeze(-1) * rstd_N1.square()
-        grad_x_NE = g_NE.mul_(scale_E).addcmul_(x_NE, mean_N1, value=-1).mul_(rstd_N1).to(grad_NE.dtype)
-        if grad_sum_NE is not None:
-            grad_x_NE += grad_sum_NE
-        return grad_x_NE, grad_x_NE if ctx.has_residual else None, grad_weight_E, None
+        grad_x = g_NE.mul_(scale_E).addcmul_(x_NE, mean_N1, value=-1).mul_(rstd_N1).to(grad.dtype).view(total.shape)
+        if grad_sum is not None:
+            grad_x += grad_sum
+        # One tensor object for both: autograd copies it for a leaf while another holds it. Two views of it would be stolen as two
+        # gradients in the same memory: so this function takes x in its own shape.
+        return grad_x, grad_x if ctx.has_residual else None, grad_weight_E, None
 
 
 def _rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Tensor:
@@ -154,6 +157,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ):
         N, E = hidden_NE.shape
         C = chunk_tokens(N, E, weight_VE.shape[0])
+        ctx.lift = lift(hidden_NE.dtype)
         keep_N1 = target_N[:, None] != IGNORE
         index_N1 = target_N[:, None].long().where(keep_N1, 0)
         loss = hidden_NE.new_zeros((), dtype=wide_dtype(hidden_NE))
@@ -167,12 +171,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             if need_grad:
                 # Ignored tokens leave through the narrow side of each product.
                 grad_hidden_NE[rows] = (logits_CV @ weight_VE).where(keep_C1, 0)
-                grad_weight_VE = _accumulate(grad_weight_VE, logits_CV.t() @ h_CE.where(keep_C1, 0))
+                lift_V = lift_columns_(logits_CV, peak(h_CE)) if ctx.lift > 1 else None
+                grad_weight_VE = _accumulate(grad_weight_VE, logits_CV.t() @ h_CE.where(keep_C1, 0), lift_V)
                 if bias_V is not None:
-                    grad_bias_V = _accumulate(grad_bias_V, (keep_C1.t().to(logits_CV.dtype) @ logits_CV).squeeze(0))
+                    grad_bias_V = _accumulate(grad_bias_V, (keep_C1.t().to(logits_CV.dtype) @ logits_CV).squeeze(0), lift_V)
         if need_grad:
             grads = (grad_hidden_NE, grad_weight_VE, grad_bias_V)
-            ctx.save_for_backward(*(None if g is None else g.to(hidden_NE.dtype) for g in grads))
+            ctx.dtype = hidden_NE.dtype
+            ctx.save_for_backward(*(g if g is None or ctx.lift > 1 else g.to(ctx.dtype) for g in grads))
         count = keep_N1.sum()
         ctx.mark_non_differentiable(count)
         return loss, count
@@ -180,8 +186,49 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, _):
-        # In place: autograd refuses a second backward pass over them, as it does over freed buffers.
-        return *(None if saved is None else saved.mul_(grad_loss) for saved in ctx.saved_tensors), *(None,) * 5
+        begin_backward(ctx)
+        factor = grad_loss / ctx.lift
+        return *(None if saved is None else scale_(saved, factor).to(ctx.dtype) for saved in ctx.saved_tensors), *(None,) * 5
+
+
+def begin_backward(ctx) -> None:
+    """Raises RuntimeError the second time. The gradients are scaled in place, so that the weight's is never there twice, and under
+    hooks on saved tensors, such as those that offload them, autograd does not notice."""
+    if getattr(ctx, "begun", False):
+        raise RuntimeError("linear_cross_entropy: backward runs once, it scales the gradients in place; compute the loss again for another")
+    ctx.begun = True
+
+
+def scale_(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor, computed in float32 and rounded once; in place, but for a graph that is being traced, whose compiler decides."""
+    # Without a dimension the factor is first rounded to the gradient's dtype on a GPU; on a CPU one with dimensions widens the gradient.
+    if factor.dim() == 0 and grad.device.type != "cpu":
+        factor = factor.unsqueeze(0)
+    return grad.mul_(factor) if type(grad) is Tensor else (grad * factor).to(grad.dtype)
+
+
+def lift(dtype: torch.dtype) -> float:
+    """What the gradients of logits are multiplied by before they are rounded to `dtype`; the backward pass takes it back.
+
+    fp16 ends at 2^-24, and the loss scale multiplies the finished gradients of a loss of weight 1. 256 is what a loss scale of 65,536
+    lends to a mean over 256 tokens. The gradients of a token's logits are 1 at most (and 2 z_loss lse) and sum to 2 at most, so the
+    hidden states' stays in fp16's range (65,504) for weights up to 127.
+    """
+    return 256.0 if dtype == torch.float16 else 1.0
+
+
+def peak(x: Tensor) -> Tensor:
+    """The largest magnitude, 1 at least, float32."""
+    return torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).clamp(min=1)
+
+
+def lift_columns_(grad_NC: Tensor, largest: Tensor) -> Tensor:
+    """Multiplies each column by the largest power of two with which no sum of it over tokens, times values up to `largest` (1 at
+    least), reaches 2^15: float32 [C], returned."""
+    bound_C = torch.linalg.vector_norm(grad_NC, 1, 0, dtype=torch.float32) * largest
+    lift_C = torch.ldexp(torch.ones_like(bound_C), 15 - torch.frexp(bound_C).exponent)
+    grad_NC.mul_(lift_C)
+    return lift_C
 
 
 def chunk_tokens(N: int, E: int, V: int) -> int:
@@ -192,7 +239,7 @@ def chunk_tokens(N: int, E: int, V: int) -> int:
 def _cross_entropy_(
     logits_CV: Tensor, index_C1: Tensor, keep_C1: Tensor, need_grad: bool, z_loss: float, cap: float, smoothing: float
 ) -> Tensor:
-    """Summed loss of the kept rows; with `need_grad`, replaces the logits by its gradient: softmax - onehot, without options."""
+    """Summed loss of the kept rows; with `need_grad`, replaces the logits by its gradient: softmax - onehot, without options; lifted."""
     C, V = logits_CV.shape
     # On a CPU a few rows at a time: float32 scratch that fits in a core's cache instead of a pass over memory an operation.
     step = C if logits_CV.is_cuda else max(1, (1 << 19) // V)
@@ -218,10 +265,14 @@ def _cross_entropy_(
             if smoothing:
                 grad.sub_(smoothing / V)
             grad.scatter_add_(1, index_R1, grad.new_full((len(grad), 1), smoothing - 1))
-            logits_CV[rows] = grad.mul_(1 - (logits / cap).square_()) if cap else grad
+            if cap:
+                grad.mul_(1 - (logits / cap).square_())
+            logits_CV[rows] = grad if lift(logits_CV.dtype) == 1 else grad.mul_(lift(logits_CV.dtype))
     return loss
 
 
-def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
-    """Sum of the chunks in at least float32; a single chunk stays as it is."""
+def _accumulate(total: Tensor | None, part: Tensor, lift_V: Tensor | None) -> Tensor:
+    """Sum of the chunks, their rows' lift taken back, in at least float32; a single chunk without one stays as it is."""
+    if lift_V is not None:
+        part = wide(part).div_(lift_V if part.dim() == 1 else lift_V[:, None])
     return part if total is None else wide(total).add_(part)

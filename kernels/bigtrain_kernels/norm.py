@@ -15,6 +15,7 @@ N rows (flattened tokens), E width, P programs.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -204,15 +205,13 @@ def _sum_partials(PARTIALS, D_WEIGHT, D_BIAS, P, E, BLOCK_P: tl.constexpr, BLOCK
         tl.store(D_BIAS + columns, total.to(D_BIAS.dtype.element_ty), mask=columns < E)
 
 
-def forward(x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, bias_E: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, residual: Tensor | None, weight_E: Tensor, bias_E: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The norm of x + residual; that sum, [0] without a residual; and for backward [1 or 2, N]: 1 / std, with a bias also the mean."""
-    N, E = x_NE.shape
-    x, residual = _rows(x_NE), None if residual_NE is None else _rows(residual_NE)
+    out, total, statistics = _outputs(x, residual, bias_E)
     weight_E, bias_E = weight_E.contiguous(), None if bias_E is None else bias_E.contiguous()
-    out = x.new_empty(N, E)
-    total = x.new_empty(0) if residual is None else torch.empty_like(out)
-    statistics = x.new_empty(1 if bias_E is None else 2, N, dtype=torch.float32)
     if x.numel():
+        x, residual = _rows(x), None if residual is None else _rows(residual)
+        N, E = x.shape
         launch = FORWARD[_key(x)]
         _forward[triton.cdiv(N, launch.blocks["ROWS"]),](
             x, x if residual is None else residual, weight_E, weight_E if bias_E is None else bias_E, out, total, statistics,
@@ -222,16 +221,22 @@ def forward(x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, bias_E: 
     return out, total, statistics
 
 
+def _outputs(x: Tensor, residual: Tensor | None, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    out = x.new_empty(x.shape)
+    total = x.new_empty(0) if residual is None else torch.empty_like(out)
+    return out, total, x.new_empty(1 if bias_E is None else 2, math.prod(x.shape[:-1]), dtype=torch.float32)
+
+
 def backward(
-    grad_NE: Tensor, grad_sum_NE: Tensor | None, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, statistics_KN: Tensor
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight_E: Tensor, bias_E: Tensor | None, statistics_KN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of x_NE, which forward took the norm of, of the weight and of the bias."""
-    N, E = x_NE.shape
-    x, grad, weight_E = _rows(x_NE), _rows(grad_NE), weight_E.contiguous()
-    grad_sum = None if grad_sum_NE is None else _rows(grad_sum_NE)
-    dx = x.new_empty(N, E)
+    """The gradients of x, which forward took the norm of, of the weight and of the bias."""
+    dx = x.new_empty(x.shape)
     if not x.numel():
         return dx, torch.zeros_like(weight_E), None if bias_E is None else torch.zeros_like(bias_E)
+    x, grad, grad_sum = _rows(x), _rows(grad), None if grad_sum is None else _rows(grad_sum)
+    weight_E = weight_E.contiguous()
+    N, E = x.shape
     launch = BACKWARD[(*_key(x), bias_E is not None)]
     P = min(triton.cdiv(N, launch.blocks["ROWS"]), launch.blocks["PROGRAMS"])
     partials = x.new_empty(len(statistics_KN), P, E, dtype=torch.float32)
@@ -250,7 +255,8 @@ def backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` with its last dimension contiguous: a row is what the kernels load."""
+    """`x` [..., E] as [N, E], its last dimension contiguous: a row is what the kernels load."""
+    x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -262,43 +268,35 @@ def _key(x: Tensor) -> tuple[str, int, int]:
 
 
 @operator("bigtrain::rms_norm")
-def _rms_norm(x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(x_NE, residual_NE, weight_E, None, eps)
+def _rms_norm(x: Tensor, residual: Tensor | None, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(x, residual, weight_E, None, eps)
 
 
 @operator("bigtrain::layer_norm")
-def _layer_norm(x_NE: Tensor, residual_NE: Tensor | None, weight_E: Tensor, bias_E: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(x_NE, residual_NE, weight_E, bias_E, eps)
+def _layer_norm(x: Tensor, residual: Tensor | None, weight_E: Tensor, bias_E: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(x, residual, weight_E, bias_E, eps)
 
 
 @operator("bigtrain::rms_norm_backward")
-def _rms_norm_backward(
-    grad_NE: Tensor, grad_sum_NE: Tensor | None, x_NE: Tensor, weight_E: Tensor, statistics_KN: Tensor
-) -> tuple[Tensor, Tensor]:
-    return backward(grad_NE, grad_sum_NE, x_NE, weight_E, None, statistics_KN)[:2]
+def _rms_norm_backward(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight_E: Tensor, statistics_KN: Tensor) -> tuple[Tensor, Tensor]:
+    return backward(grad, grad_sum, x, weight_E, None, statistics_KN)[:2]
 
 
 @operator("bigtrain::layer_norm_backward")
 def _layer_norm_backward(
-    grad_NE: Tensor, grad_sum_NE: Tensor | None, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, statistics_KN: Tensor
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight_E: Tensor, bias_E: Tensor, statistics_KN: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(grad_NE, grad_sum_NE, x_NE, weight_E, bias_E, statistics_KN)
-
-
-def _fake(x, residual, bias):
-    out = x.new_empty(x.shape)
-    statistics = x.new_empty(1 if bias is None else 2, x.shape[0], dtype=torch.float32)
-    return out, x.new_empty(0) if residual is None else torch.empty_like(out), statistics
+    return backward(grad, grad_sum, x, weight_E, bias_E, statistics_KN)
 
 
 @_rms_norm.register_fake
 def _(x, residual, weight, eps):
-    return _fake(x, residual, None)
+    return _outputs(x, residual, None)
 
 
 @_layer_norm.register_fake
 def _(x, residual, weight, bias, eps):
-    return _fake(x, residual, bias)
+    return _outputs(x, residual, bias)
 
 
 @_rms_norm_backward.register_fake
@@ -324,6 +322,8 @@ def _gradients(operator):
         x, *saved = ctx.saved_tensors
         if grad is None:  # only the sum was used
             grad = torch.zeros_like(x)
+        # One tensor object for both: autograd copies it for a leaf while another holds it. Two views of it would be stolen as two
+        # gradients in the same memory: so the operators take x in its own shape.
         dx, *affine = operator(grad, grad_sum if ctx.added else None, x, *saved)
         return dx, dx if ctx.added else None, *affine, None
 
@@ -342,19 +342,15 @@ def rms_norm(x: Tensor, weight_E: Tensor, eps: float, residual: Tensor | None = 
     Raises ValueError for other dtypes, for shapes that do not match and for more than 16,384 elements in a row.
     """
     arguments.norm("rms_norm", x, residual, "triton", weight_E=weight_E)
-    flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual))
-    return _shaped(x, residual, *_rms_norm(*flat, weight_E, eps)[:2])
+    out, total, _ = _rms_norm(x, residual, weight_E, eps)
+    return out if residual is None else (out, total)
 
 
 def layer_norm(x: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016, eq. 4); otherwise as `rms_norm`."""
     arguments.norm("layer_norm", x, residual, "triton", weight_E=weight_E, bias_E=bias_E)
-    flat = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual))
-    return _shaped(x, residual, *_layer_norm(*flat, weight_E, bias_E, eps)[:2])
-
-
-def _shaped(x: Tensor, residual: Tensor | None, out_NE: Tensor, total_NE: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    return out_NE.view(x.shape) if residual is None else (out_NE.view(x.shape), total_NE.view(x.shape))
+    out, total, _ = _layer_norm(x, residual, weight_E, bias_E, eps)
+    return out if residual is None else (out, total)
 
 
 def cases(architecture: str) -> Iterator[Case]:

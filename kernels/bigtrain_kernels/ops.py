@@ -220,9 +220,8 @@ def rms_norm(x: Tensor, weight_E: Tensor, eps: float, *, residual: Tensor | None
 
         return kernel(x, weight_E, eps, residual)
     arguments.norm("rms_norm", x, residual, backend, weight_E=weight_E)
-    flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual)]
-    normed, total = fused.RmsNorm.apply(*flat, weight_E, eps)
-    return normed.view(x.shape) if residual is None else (normed.view(x.shape), total.view(x.shape))
+    normed, total = fused.RmsNorm.apply(x, residual, weight_E, eps)
+    return normed if residual is None else (normed, total)
 
 
 def layer_norm(x: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, *, residual: Tensor | None = None, backend: str = "torch"):

@@ -152,6 +152,20 @@ def test_only_one_output_is_used(kind, used, checked):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_both_leaves_accumulate(kind, compiled):
+    """x and the residual have one gradient: in one memory, the second backward pass would add to it twice."""
+    inputs = inputs_of(kind, (2, 3, 33), torch.float32)
+    leaves, others = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
+    function = partial(ours, kind, True)
+    function = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    for cotangent in torch.randn(3, 2, 3, 33):
+        (function(*leaves)[0] * cotangent).sum().backward()
+        (torch_norm(kind, True, *others)[0] * cotangent).sum().backward()
+    torch.testing.assert_close([t.grad for t in leaves], [t.grad for t in others])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_constant_rows_and_large_values(kind, checked):
     """Nothing to divide by but eps; and squares beyond the range of bf16's neighbour fp16."""

@@ -140,6 +140,19 @@ def test_norms_against_torch():
     torch.testing.assert_close(reference.layer_norm(x, weight, bias, 1e-5), torch.nn.functional.layer_norm(x, (8,), weight, bias, 1e-5))
 
 
+@pytest.mark.parametrize("norm", [ops.rms_norm, ops.layer_norm])
+def test_gradients_of_both_leaves_of_a_norm_accumulate(norm):
+    """x and the residual have one gradient: in one memory, the second backward pass would add to it twice."""
+    leaves = rand(2, 3, 8), rand(2, 3, 8)
+    affine = [torch.ones(8, dtype=F64)] * (2 if norm is ops.layer_norm else 1)
+    outs = norm(leaves[0], *affine, 1e-2, residual=leaves[1])[0]
+    once = torch.autograd.grad(outs.sin().sum(), leaves, retain_graph=True)
+    for _ in range(3):
+        outs.sin().sum().backward(retain_graph=True)
+    for leaf, grad in zip(leaves, once):
+        torch.testing.assert_close(leaf.grad, 3 * grad)
+
+
 def test_rms_norm_leaves_its_input_alone():
     x = torch.randn(4, 8)
     before = x.clone()
@@ -305,8 +318,33 @@ def test_second_backward_over_the_loss_is_refused():
     (h, w, b), target = loss_inputs()
     loss, _ = ops.linear_cross_entropy(h, w, target, b)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="backward runs once"):
         loss.backward()
+
+
+def test_second_backward_over_the_loss_is_refused_under_hooks():
+    """They hand autograd the saved tensor without its version: it would not notice that the gradients are scaled already."""
+    (h, w, b), target = loss_inputs()
+    with torch.autograd.graph.save_on_cpu():
+        loss = 0.5 * ops.linear_cross_entropy(h, w, target, b)[0]
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(h.grad, torch.autograd.grad(0.5 * reference.linear_cross_entropy(h, w, target, b)[0], h)[0])
+    with pytest.raises(RuntimeError, match="backward runs once"):
+        loss.backward()
+
+
+def test_range_of_fp16_gradients_of_the_loss():
+    """The loss scale comes after the gradients of rare tokens, as does the mean after the sum of a frequent one's."""
+    h, w = torch.randn(256, 32).half(), (2 * torch.randn(4096, 32)).half()
+    for hidden, weight, scale in ((h, w, 65536 / 256), (h + 300, w / 1000, 1 / 256)):
+        target = torch.randint(4096, (256,)) if scale > 1 else torch.full((256,), 7)
+        plain = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss = torch.nn.functional.cross_entropy((plain[0] @ plain[1].t()).float(), target, reduction="sum")
+        wanted = torch.autograd.grad(loss * scale, plain)[1]
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        found = torch.autograd.grad(ops.linear_cross_entropy(*leaves, target)[0] * scale, leaves)[1]
+        assert int((found == 0).all(1).sum()) <= 1.02 * int((wanted == 0).all(1).sum())
+        torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.01 * float(wanted.abs().max()))
 
 
 def test_loss_never_holds_all_logits():
