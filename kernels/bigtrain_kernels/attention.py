@@ -357,7 +357,11 @@ def _gradients(ctx, grad, grad_lse):
         grad = torch.zeros_like(out)
     dq, dk, dv, delta = attention_backward(grad, grad_lse, q, k, v, out, lse, *seen, ctx.causal, ctx.scale, ctx.cap)
     # A sink is one more score, without a value: minus its probability times delta.
-    dsink = None if sink is None else -(torch.exp(sink.float()[:, None] - lse) * delta).sum((0, 2)).to(sink.dtype)
+    if sink is None:
+        dsink = None
+    else:
+        share = torch.exp(sink.float()[:, None] - lse).where(lse > float("-inf"), 0.0)
+        dsink = -(share * delta).sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, dsink, *(None,) * 7
 
 

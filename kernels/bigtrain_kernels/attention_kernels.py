@@ -158,8 +158,9 @@ def forward(
     if SINKS:
         sink = tl.load(SINK + h).to(tl.float32) * 1.4426950408889634
         new = tl.maximum(peak, sink)
-        decay = tl.exp2(peak - new)
-        weight = weight * decay + tl.exp2(sink - new)
+        base = tl.where(new == float("-inf"), 0.0, new)  # no key and a sink of no weight
+        decay = tl.exp2(peak - base)
+        weight = weight * decay + tl.exp2(sink - base)
         total, peak = total * decay[:, None], new
     total = total * tl.where(weight > 0, 1.0 / weight, 0.0)[:, None]
     _store(OUT + b * ob + h * oh + row * ot, T - m, ot, rows, columns, total, D)

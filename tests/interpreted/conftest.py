@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import register_random
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,6 +27,18 @@ if not isinstance(tl.softmax, InterpretedFunction):
     pytest.exit("Triton was imported before TRITON_INTERPRET=1 was set: run `python -m pytest tests/interpreted` by itself")
 
 from bigtrain_kernels import interpreter
+
+
+class TorchRandom:
+    """torch's generator as hypothesis knows random ones: it begins alike in every example, so that a failure can be had again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH = TorchRandom()  # hypothesis holds it weakly
+register_random(TORCH)
 
 
 @pytest.fixture(scope="session", autouse=True)

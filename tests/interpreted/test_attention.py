@@ -264,6 +264,14 @@ def test_what_stays_comes_by_descriptor_or_by_pointer():
             assert torch.equal(ours, true)
 
 
+def test_a_sink_of_no_weight_where_nothing_is_seen():
+    tensors = [*inputs(1, 50, 20, 2, 1, 32, F32), torch.tensor([-math.inf, 0.5])]
+    leaves = [x.requires_grad_() for x in tensors]
+    out, lse = ops.attention(*leaves[:3], causal=True, sink_H=leaves[3], return_lse=True, backend="triton")
+    assert not out[:, :30].any() and (lse[:, 0, :30] == -math.inf).all() and (lse[:, 1, :30] == 0.5).all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum() + lse[:, 1].sum(), leaves))
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 8), (2, 0, 8), (1, 8, 0)])
 def test_empty(shape):
     B, T, S = shape
