@@ -83,10 +83,14 @@ FORWARD = dict(
         sm_100        64           2  plain  128 128  8  2
         sm_100        64           2  ranges  128  64  8  3
         sm_100        128          2  any  128  64  8  3
-        sm_90,sm_100  256          2  any  128  32  8  2
+        sm_90         256          2  any  128  32  8  2
+        sm_100        256          2  plain  128 32  8  2
+        sm_100        256          2  ranges  64 64  8  2
         gfx942        32,64,128    2  any  128  64  4  1
         gfx942        256          2  any   64  32  4  1
-        sm_80         32,64        4  any   32  32  4  1
+        sm_80         32           4  plain  32  16  4  1
+        sm_80         32           4  ranges  32  32  4  1
+        sm_80         64           4  any   32  32  4  1
         sm_80         128          4  any   32  32  8  1
         sm_80         256          4  any   16  16  8  1
         sm_90,sm_100  32           4  any   32  32  4  1
@@ -160,6 +164,14 @@ BACKWARD_Q = dict(
 )
 
 
+CAPPED: dict[str, dict[Key, Launch]] = {
+    "forward": dict(_entries("sm_90  64  2  ranges  128  64  8  3")),
+    "backward_kv": dict(_entries("sm_90  64  2  ranges  32  128  8  2\n sm_90  128  2  ranges  32  64  8  2")),
+    "backward_q": {},
+}
+"""By kernel, in place of the entry where that spills under a soft-cap."""
+
+
 class Mask(NamedTuple):
     """What decides the scores, apart from queries and keys."""
 
@@ -180,7 +192,7 @@ def forward(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Mask, sink_H: 
     q, k, v = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
-    launch = FORWARD[_key(q, mask)]
+    launch = _launch("forward", FORWARD, q, mask)
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     by_tma = _described(k, N), _described(v, N)
     keys = by_tma if all(isinstance(x, TensorDescriptor) for x in by_tma) else (k, v)
@@ -202,7 +214,7 @@ def row_sums(grad_BTHD: Tensor, out_BTHD: Tensor, grad_lse_BHT: Tensor | None) -
         kernels.row_sums[triton.cdiv(T, ROWS), H, B](
             out_BTHD, grad, delta if grad_lse_BHT is None else grad_lse_BHT.contiguous(), delta, *_strides(out_BTHD, grad), T, H,
             D=D, BLOCK_D=_block_dim(D), BLOCK_M=ROWS, HAS_LSE=grad_lse_BHT is not None,
-            num_warps=4 if D <= 64 else 8,  # on 4, rows of 128 in fp16 spill on sm_100
+            num_warps=4 if D <= 64 else 8 if D <= 128 else 16,  # on half as many, rows of 128 in fp16 and of 240 spill on sm_100
         )  # fmt: skip
     return delta
 
@@ -214,7 +226,7 @@ def backward_q(
     (B, T, H, _), S = q_BTHD.shape, k_BSGD.shape[1]
     q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    launch = BACKWARD_Q[_key(q, mask)]
+    launch = _launch("backward_q", BACKWARD_Q, q, mask)
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dq.numel():
         kernels.backward_q[triton.cdiv(T, M), H, B](
@@ -232,7 +244,7 @@ def backward_kv(
     (B, T, H, _), (S, G) = q_BTHD.shape, k_BSGD.shape[1:3]
     q, k, v, grad = (_rows(x) for x in (q_BTHD, k_BSGD, v_BSGD, grad_BTHD))
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    launch = BACKWARD_KV[_key(q, mask)]
+    launch = _launch("backward_kv", BACKWARD_KV, q, mask)
     M, N = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
     if dk.numel():
         kernels.backward_kv[triton.cdiv(S, N), G, B](
@@ -268,8 +280,9 @@ def _block_dim(D: int) -> int:
     return next(width for width in HEAD_DIMS if width >= D)
 
 
-def _key(q: Tensor, mask: Mask) -> Key:
-    return architecture(), _block_dim(q.shape[-1]), q.element_size(), mask.seen is not None
+def _launch(kernel: str, table: dict[Key, Launch], q: Tensor, mask: Mask) -> Launch:
+    key = architecture(), _block_dim(q.shape[-1]), q.element_size(), mask.seen is not None
+    return (mask.cap > 0 and CAPPED[kernel].get(key)) or table[key]
 
 
 def _strides(*xs: Tensor) -> list[int]:
