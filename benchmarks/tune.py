@@ -3,8 +3,8 @@
     python benchmarks/tune.py [--kernel forward backward_kv backward_q] [--dim 64 128] [--bytes 2] [--mask plain ranges]
                               [--tokens 16384] [--length 4096] [--json FILE]
 
-It tunes the tables of kernels/bigtrain_kernels/attention.py, all their entries for this architecture unless told otherwise, and no other
-family's. Candidates are compiled first, in parallel processes that need no GPU: what the static gate would refuse in any of its cases
+It tunes kernels/bigtrain_kernels/attention_tables.py, all entries for this architecture unless told otherwise, and no other family's
+tables. Candidates are compiled first, in parallel processes that need no GPU: what the static gate would refuse in any of its cases
 (spilled registers, too much shared memory, products without tensor cores, and so on) is left out. That is thousands of compiles: name some
 entries where there are few cores. What is left is timed one after the other, causal or with documents of a seventh of the length: median of
 repeated launches. A candidate whose results differ from those of the present entry is left out too, and one that is less than 2 % faster
@@ -217,7 +217,7 @@ def gain(entry: Entry, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(chosen: dict[attention.Key, Launch]) -> str:
-    """Rows as those of attention.py's tables: architectures, head dims, bytes, mask, BLOCK_M, BLOCK_N, warps, stages."""
+    """Rows as those of attention_tables.py's: architectures, head dims, bytes, mask, BLOCK_M, BLOCK_N, warps, stages."""
     lines = []
     for (arch, D, width, ranges), launch in chosen.items():
         both = chosen.get((arch, D, width, not ranges)) == launch

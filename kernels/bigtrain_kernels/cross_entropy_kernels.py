@@ -6,7 +6,7 @@ N flattened tokens, V vocabulary, E width, C columns of a chunk of the vocabular
 import triton
 import triton.language as tl
 
-from .tile import grouped, tanh
+from .tile import grouped, halves, tanh
 
 
 @triton.jit
@@ -30,12 +30,6 @@ def _product(
         h += BLOCK_K
         w += BLOCK_K
     return total
-
-
-@triton.jit
-def _halves(x):
-    """The left and right columns of a tile. What follows a product takes one after the other: both are more than the registers hold."""
-    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
 @triton.jit
@@ -85,7 +79,7 @@ def statistics(
     start = stripe * TILES * BLOCK_N
     EXACT: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     for n in range(start, tl.minimum(start + TILES * BLOCK_N, V), BLOCK_N):
-        left, right = _halves(_product(HIDDEN, WEIGHT, m, n, N, V, E, stride_h, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION))
+        left, right = halves(_product(HIDDEN, WEIGHT, m, n, N, V, E, stride_h, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION))
         peak, weight, total = _observe(
             peak, weight, total, left, rows, n, TARGET, BIAS, PICKED, N, V, cap, BIASED, CAP, SMOOTH, EXACT
         )  # fmt: skip
@@ -128,7 +122,7 @@ def logit_gradients(
     EXACT: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     m, n = block_m * BLOCK_M, block_n * BLOCK_N
     product = _product(HIDDEN, WEIGHT, m, start + n, N, V, E, stride_h, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION)
-    left, right = _halves(product)
+    left, right = halves(product)
     rows = m + tl.arange(0, BLOCK_M)
     target = tl.load(TARGET + rows, mask=rows < N, other=IGNORED)
     lse = tl.load(LSE + rows, mask=rows < N, other=0.0)
@@ -184,6 +178,6 @@ def add_hidden_gradients(
             total = tl.dot(g_tile, w_tile, total, input_precision=PRECISION)
         g += BLOCK_K
         w += BLOCK_K * stride_w
-    left, right = _halves(total)
+    left, right = halves(total)
     _add(GRAD, REST, left, m, n, N, E, FIRST, HALVES)
     _add(GRAD, REST, right, m, n + BLOCK_N // 2, N, E, FIRST, HALVES)

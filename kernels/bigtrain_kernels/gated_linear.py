@@ -26,7 +26,7 @@ from . import arguments
 from .arguments import GLU
 from .launch import ARCHITECTURES, INTERPRETED, Case, Launch, architecture, operator
 from .mlp import act
-from .tile import grouped
+from .tile import grouped, halves
 
 
 def _entry(n: int, f: int, e: int, warps: int, stages: int, parts: int) -> Launch:
@@ -94,12 +94,6 @@ def _products(
 
 
 @triton.jit
-def _halves(tile):
-    """The left and the right half of a tile's columns: each thread keeps what it has."""
-    return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), [0, 2, 1]))
-
-
-@triton.jit
 def _corner(n, f, N, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Offset of a tile in [N, F], int64, those of its elements from there on, and which exist."""
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -109,8 +103,8 @@ def _corner(n, f, N, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _store_output(OUT, gate, up, n, f, N, F, KIND: tl.constexpr, PARTS: tl.constexpr):
     if PARTS > 1:
-        gate_left, gate_right = _halves(gate)
-        up_left, up_right = _halves(up)
+        gate_left, gate_right = halves(gate)
+        up_left, up_right = halves(up)
         _store_output(OUT, gate_left, up_left, n, f, N, F, KIND, PARTS // 2)
         _store_output(OUT, gate_right, up_right, n, f + gate_left.shape[1], N, F, KIND, PARTS // 2)
     else:
@@ -122,8 +116,8 @@ def _store_output(OUT, gate, up, n, f, N, F, KIND: tl.constexpr, PARTS: tl.const
 @triton.jit
 def _store_gradients(GRAD, DGATE, DUP, gate, up, n, f, N, F, KIND: tl.constexpr, PARTS: tl.constexpr):
     if PARTS > 1:
-        gate_left, gate_right = _halves(gate)
-        up_left, up_right = _halves(up)
+        gate_left, gate_right = halves(gate)
+        up_left, up_right = halves(up)
         _store_gradients(GRAD, DGATE, DUP, gate_left, up_left, n, f, N, F, KIND, PARTS // 2)
         _store_gradients(GRAD, DGATE, DUP, gate_right, up_right, n, f + gate_left.shape[1], N, F, KIND, PARTS // 2)
     else:

@@ -1,4 +1,4 @@
-"""What kernels of several families share: the order of the tiles of a matrix product, and tanh."""
+"""What kernels of several families share: the order of the tiles of a matrix product, their halves, and tanh."""
 
 import triton
 import triton.language as tl
@@ -12,6 +12,13 @@ def grouped(blocks_m, blocks_n, GROUP: tl.constexpr):
     rows = tl.minimum(blocks_m - first, GROUP)
     inside = tl.program_id(0) % (GROUP * blocks_n)
     return first + inside % rows, inside // rows
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right columns of a tile: each thread keeps what it has. What follows a product takes one after the other, since
+    both are more than the registers hold."""
+    return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), (0, 2, 1)))
 
 
 @triton.jit

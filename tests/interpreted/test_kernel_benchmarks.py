@@ -13,7 +13,7 @@ import torch
 import torch._dynamo  # looks at sdpa_kernel, which is replaced below
 from torch.nn.attention import varlen
 
-from bigtrain_kernels import reference
+from bigtrain_kernels import attention_tables, reference
 from bigtrain_kernels.launch import ARCHITECTURES, Launch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -290,6 +290,6 @@ def test_the_table_can_be_pasted(tables, monkeypatch, tmp_path, capsys):
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 4 * 5
     gains, table = capsys.readouterr().out.split("\n\nFORWARD\n")
     assert len(gains.splitlines()) == 5 and "1.00 x" in gains.splitlines()[1] and "1.33 x  1 of 5" in gains.splitlines()[2]
-    pasted = dict(tune.attention._entries(table))
+    pasted = dict(attention_tables._entries(table))
     assert pasted == {entry.key: launch(16, 64) if entry in fast else launch(32, 32) for entry in entries}
     assert len(table.strip().splitlines()) == 3  # plain and ranges in one where they are the same
