@@ -46,7 +46,7 @@ def compare(tensors, *, sink=None, zero=1e-7, **kind):
     ours = results(call(ops.attention, backend="triton"), several, weights)
     theirs = results(plain, several, weights)
     exact = results(call(reference.attention), [x.to(F64) for x in several], weights)
-    zero = {F32: zero, F16: 1e-5, BF16: 1e-4}[dtype]
+    zero = max(zero, {F32: 0.0, F16: 1e-5, BF16: 1e-4}[dtype])
     proof.check(ours[:count], theirs[:count], exact[:count], limit=proof.FORWARD, zero=zero)
     proof.check(ours[count:], theirs[count:], exact[count:], limit=proof.BACKWARD, zero=zero)
 
@@ -328,4 +328,6 @@ def test_any_mask(T, S, heads, dtype, causal, window, count, seed):
     if count:
         S = T
     document_BT = documents(1, T, count) if count else None
-    compare(inputs(1, T, S, *heads, 32, dtype), causal=causal, window=window, document_BT=document_BT)
+    # In 16 bits a row's gradients share the error of the output that delta is taken of: few rows look like a bias.
+    zero = 1e-6 if dtype == F32 else 1e-3
+    compare(inputs(1, T, S, *heads, 32, dtype), causal=causal, window=window, document_BT=document_BT, zero=zero)
